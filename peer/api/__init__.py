@@ -1,0 +1,1 @@
+"""What clients see: the local HTTP endpoint."""

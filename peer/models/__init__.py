@@ -1,0 +1,1 @@
+"""What is run: models as parts, their words and their templates."""

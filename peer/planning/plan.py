@@ -1,0 +1,149 @@
+"""Who runs which windows, numbered within a term. Pure: values and their check."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from peer.planning.profile import (
+    PEERS_MAX,
+    Bytes,
+    Count,
+    Digest,
+    Layer,
+    ModelShape,
+    Name,
+    PeerId,
+    Value,
+    Why,
+)
+
+WINDOWS_MAX = 512
+TERM_MAX = 1 << 40
+
+
+class PlanId(Value, frozen=True, order=True):
+    """A plan's number within its coordinator's term. Later plans compare greater."""
+
+    term: Annotated[int, msgspec.Meta(ge=0, le=TERM_MAX)]
+    number: Annotated[int, msgspec.Meta(ge=0, le=TERM_MAX)]
+
+    def __str__(self) -> str:
+        return f"{self.term}.{self.number}"
+
+
+class PlanWindow(Value, frozen=True):
+    """Layers [first, last) on one peer, by one backend."""
+
+    peer_id: PeerId
+    first: Layer
+    last: Layer
+    backend: Name = "llama_cpp"
+    memory_bytes: Bytes = 0  # predicted: weights and KV
+    gpu_layers: int = -1
+
+
+class LeftOut(Value, frozen=True):
+    """A peer without a window, and why."""
+
+    peer_id: PeerId
+    why: Why
+
+
+class Split(Value, frozen=True):
+    """What the planner chose: windows in ring order, and its reasons. Not yet numbered."""
+
+    windows: Annotated[tuple[PlanWindow, ...], msgspec.Meta(max_length=WINDOWS_MAX)]
+    context: Count  # tokens of one request at most
+    kv_cells: Count  # tokens of KV cache in every stage, shared by all slots
+    slots: Count
+    batch_tokens: Count
+    left_out: Annotated[tuple[LeftOut, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
+    why: Why = ""
+
+
+class Plan(Value, frozen=True):
+    """A split with its number and the model it is for. What peers load and serve."""
+
+    id: PlanId
+    coordinator: PeerId
+    shape: ModelShape
+    split: Split
+
+    @property
+    def head(self) -> str:
+        """The peer that embeds and schedules."""
+        return self.split.windows[0].peer_id
+
+    @property
+    def tail(self) -> str:
+        """The peer that samples."""
+        return self.split.windows[-1].peer_id
+
+    @property
+    def ring(self) -> tuple[str, ...]:
+        """Peers in ring order, each once."""
+        return tuple(dict.fromkeys(window.peer_id for window in self.split.windows))
+
+    def windows_of(self, peer_id: str) -> tuple[int, ...]:
+        """Indices of the windows that this peer runs."""
+        return tuple(i for i, w in enumerate(self.split.windows) if w.peer_id == peer_id)
+
+    def after(self, peer_id: str) -> str:
+        """The next peer in the ring (itself where it is alone)."""
+        ring = self.ring
+        return ring[(ring.index(peer_id) + 1) % len(ring)]
+
+
+def check(plan: Plan) -> str:
+    """What is wrong with a plan, or "". Every receiver asks before it acts on one.
+
+    Windows cover all layers once and in order, every one allowed by the architecture; rounds visit
+    the peers in the same order.
+    """
+    split, shape = plan.split, plan.shape
+    if not split.windows:
+        return "it has no windows"
+    if len(shape.layer_bytes) != shape.layers or len(shape.layer_kv_bytes) != shape.layers:
+        return "its model's shape contradicts itself"
+    reached = 0
+    for window in split.windows:
+        if window.first != reached:
+            return f"layer {reached} is not where a window begins"
+        if refusal := shape.refusal(window.first, window.last):
+            return refusal
+        reached = window.last
+    if reached != shape.layers:
+        return f"layers {reached} to {shape.layers} belong to nobody"
+    ring = plan.ring
+    order = [window.peer_id for window in split.windows]
+    if order != [ring[i % len(ring)] for i in range(len(order))] or len(order) % len(ring):
+        return "its rounds do not visit the peers in one order"
+    if not 1 <= split.slots <= 256 or not 1 <= split.batch_tokens <= 8192:
+        return "its slots or batch are out of range"
+    if not 1 <= split.context <= split.kv_cells:
+        return "its KV cache cannot hold one context"
+    return ""
+
+
+Phase = Literal["loading", "linking", "serving", "draining"]
+StagePhase = Literal["fetching", "loading", "ready", "linked", "failed"]
+
+
+class StageLink(Value, frozen=True):
+    """Where a stage listens and by which key it is known. Ports on the peer's own address."""
+
+    peer_id: PeerId
+    ring_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    key: Annotated[str, msgspec.Meta(min_length=40, max_length=40)]  # CURVE public key, Z85
+    submit_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # head only
+
+
+class PlanState(Value, frozen=True):
+    """A plan and how far it has come. The coordinator's soft state; sent whole, again and again."""
+
+    plan: Plan
+    phase: Phase
+    links: Annotated[tuple[StageLink, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
+    why: Why = ""  # why this plan came to be

@@ -1,0 +1,333 @@
+"""Every message on the wire, and the one place where bytes become messages.
+
+Append only: tags are never reused and new fields have defaults, so that an older peer skips what
+it does not know (golden bytes in tests/data/wire prove it). Bytes are msgpack; msgspec decodes
+them straight into the typed Struct, so that nothing is built from fields that do not fit.
+Every size is bounded before it is allocated: by MESSAGE_BYTES_MAX at the socket, then by type.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from peer.errors import ProtocolError
+from peer.planning.plan import TERM_MAX, PlanId, PlanState, StagePhase
+from peer.planning.profile import (
+    PEERS_MAX,
+    Bytes,
+    Count,
+    Digest,
+    ModelOffer,
+    Name,
+    PeerId,
+    Profile,
+    Why,
+)
+
+PROTOCOL = 1
+"""Raised when peers of two versions could misunderstand each other; another one is refused."""
+
+MESSAGE_BYTES_MAX = 4 << 20  # of the control plane; the largest is Submit at a context of 1 Mi tokens
+CHUNK_BYTES_MAX = 256 << 10  # < 0.5 s on the slowest Wi-Fi we plan for, so heartbeats get through
+MANIFEST_BYTES_MAX = 2 << 20
+IDS_BYTES_MAX = 4 * 768 * 1024  # prompt ids, int32 little endian
+
+Key = Annotated[str, msgspec.Meta(min_length=40, max_length=40)]  # CURVE public key, Z85
+Address = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]  # tcp://host:port
+Addresses = Annotated[tuple[Address, ...], msgspec.Meta(max_length=32)]
+Term = Annotated[int, msgspec.Meta(ge=0, le=TERM_MAX)]
+Part = Annotated[str, msgspec.Meta(max_length=16, pattern="^(head|embed|output|layer-[0-9]{3,4})$")]
+RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+TokenIds = Annotated[bytes, msgspec.Meta(max_length=IDS_BYTES_MAX)]
+Token = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="m", omit_defaults=True):
+    """Base of all messages."""
+
+
+# Control plane: agent ⇄ agent -----------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """First message on a link, by whoever dialled. `peer_id` must be the link key's own."""
+
+    protocol: int
+    cluster: Annotated[str, msgspec.Meta(max_length=64)]
+    peer_id: PeerId
+    name: Name
+    incarnation: int  # drawn at start: tells a restart from a reconnect
+    addresses: Addresses  # where this peer can be dialled
+    version: Name
+    term: Term = 0
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """The answer of a peer that agrees; its own introduction."""
+
+    protocol: int
+    cluster: Annotated[str, msgspec.Meta(max_length=64)]
+    peer_id: PeerId
+    name: Name
+    incarnation: int
+    addresses: Addresses
+    version: Name
+    term: Term = 0
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The answer of a peer that does not agree. The link ends."""
+
+    code: Literal["protocol", "cluster", "identity", "admission"]
+    why: Why
+    protocol: int
+
+
+class Goodbye(Message, frozen=True, tag="bye"):
+    """This peer goes away on purpose."""
+
+    why: Why = ""
+
+
+class Heartbeat(Message, frozen=True, tag="beat"):
+    """I am alive, and this is the claim that I follow (my own where coordinator is me)."""
+
+    term: Term
+    coordinator: Annotated[str, msgspec.Meta(max_length=16)]  # "" while there is none
+    followed: bool = False  # my own claim has had followers
+
+
+class Gossip(Message, frozen=True, tag="gossip"):
+    """Members that I know, so that one sighting is enough to find all."""
+
+    peers: Annotated[tuple[Sighted, ...], msgspec.Meta(max_length=PEERS_MAX)]
+
+
+class Sighted(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a peer was seen. A hint, never a proof."""
+
+    peer_id: PeerId
+    key: Key
+    addresses: Addresses
+
+
+class Announce(Message, frozen=True, tag="announce"):
+    """What I am and which models I hold parts of."""
+
+    profile: Profile
+    models: Annotated[tuple[ModelOffer, ...], msgspec.Meta(max_length=64)] = ()
+
+
+class Plans(Message, frozen=True, tag="plans"):
+    """The coordinator's whole state: plans that load, serve or drain. Sent on change and again."""
+
+    term: Term
+    states: Annotated[tuple[PlanState, ...], msgspec.Meta(max_length=8)]
+    why_none: Why = ""  # what is missing, while nothing can be served
+
+
+class Report(Message, frozen=True, tag="report"):
+    """How far I am with my part of a plan, to the coordinator. Sent on change and again."""
+
+    plan: PlanId
+    phase: StagePhase
+    done_bytes: Bytes = 0  # fetched
+    total_bytes: Bytes = 0
+    ring_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    submit_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    key: Annotated[str, msgspec.Meta(max_length=40)] = ""
+    weights_bytes: Bytes = 0
+    kv_bytes: Bytes = 0
+    compute_bytes: Bytes = 0
+    active: Count = 0  # answers running or waiting (head)
+    why: Why = ""
+
+
+# Models: any peer asks any peer ----------------------------------------------------------------
+
+
+class ManifestWanted(Message, frozen=True, tag="manifest?"):
+    """Please send the manifest of this model."""
+
+    request: Count
+    digest: Digest
+
+
+class ManifestHere(Message, frozen=True, tag="manifest"):
+    """The manifest; its SHA-256 must be the digest that was asked for."""
+
+    request: Count
+    digest: Digest
+    data: Annotated[bytes, msgspec.Meta(max_length=MANIFEST_BYTES_MAX)]
+
+
+class ChunkWanted(Message, frozen=True, tag="chunk?"):
+    """Please send bytes of a part's data region."""
+
+    request: Count
+    digest: Digest
+    part: Part
+    offset: Bytes
+    length: Annotated[int, msgspec.Meta(ge=1, le=CHUNK_BYTES_MAX)]
+
+
+class ChunkHere(Message, frozen=True, tag="chunk"):
+    """The bytes that `request` asked for, exactly as many."""
+
+    request: Count
+    data: Annotated[bytes, msgspec.Meta(max_length=CHUNK_BYTES_MAX)]
+
+
+class NotHere(Message, frozen=True, tag="not-here"):
+    """The answer to a ManifestWanted or ChunkWanted that cannot be met."""
+
+    request: Count
+    why: Why
+
+
+# Answers: entry agent ⇄ head stage --------------------------------------------------------------
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the tail chooses a token. Names and meaning as in llama.cpp's sampler chain."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.8  # 0: greedy
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 40  # 0: all
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] = 1.0
+    repeat_last_n: Annotated[int, msgspec.Meta(ge=-1, le=1 << 20)] = 64  # -1: the whole context
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-100, le=100)] = 0.0
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-100, le=100)] = 0.0
+    logit_bias: Annotated[tuple[tuple[Token, Finite], ...], msgspec.Meta(max_length=1024)] = ()
+    seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
+
+
+class Submit(Message, frozen=True, tag="submit"):
+    """Answer this. `ids`: prompt and tokens delivered so far; `delivered`: how many of the latter."""
+
+    request: RequestId
+    plan: PlanId
+    ids: TokenIds
+    sampling: Sampling
+    tokens_max: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]  # still to come
+    ends: Annotated[tuple[Token, ...], msgspec.Meta(max_length=64)] = ()  # ids that end an answer
+    delivered: Count = 0
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """Nobody waits for this answer any more."""
+
+    request: RequestId
+    plan: PlanId
+
+
+class Tokens(Message, frozen=True, tag="tokens"):
+    """Sampled ids; `position` is the first one's place in the whole sequence.
+
+    finish: "" goes on · "stop" an end token (not among ids) · "length" tokens_max or the context.
+    """
+
+    request: RequestId
+    plan: PlanId
+    position: Count
+    ids: Annotated[tuple[Token, ...], msgspec.Meta(max_length=4096)] = ()
+    finish: Literal["", "stop", "length"] = ""
+
+
+class Unanswered(Message, frozen=True, tag="unanswered"):
+    """This answer is not going on. code: busy | stale | invalid | failed."""
+
+    request: RequestId
+    plan: PlanId
+    code: Literal["busy", "stale", "invalid", "failed"]
+    why: Why
+
+
+# One agent and its own stages, over a pipe --------------------------------------------------------
+
+
+class StageOrder(Message, frozen=True, tag="order"):
+    """First line to a new stage: what to load."""
+
+    plan: PlanState
+    peer_id: PeerId
+    folder: str  # the model's folder in the store
+    threads: Count
+    bind: str = "*"  # interface address to listen on
+    admitted: tuple[Key, ...] = ()  # agents that may submit
+
+
+class StageConnect(Message, frozen=True, tag="connect"):
+    """All stages are ready: where the next one listens, and which keys may speak to this one."""
+
+    next_address: Address
+    next_key: Key
+    previous_key: Key
+
+
+class StageAdmit(Message, frozen=True, tag="admit"):
+    """The agents that may submit, from now on."""
+
+    keys: Annotated[tuple[Key, ...], msgspec.Meta(max_length=PEERS_MAX)]
+
+
+class StageStop(Message, frozen=True, tag="stop"):
+    """End cleanly, now."""
+
+
+class StageNews(Message, frozen=True, tag="news"):
+    """A stage's own report to its agent: what changed."""
+
+    phase: Literal["loading", "ready", "linked", "failed"]
+    ring_port: int = 0
+    submit_port: int = 0
+    key: str = ""
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    compute_bytes: int = 0
+    active: int = 0
+    steps: int = 0
+    tokens: int = 0
+    dropped: int = 0  # frames refused: stale, replayed, malformed
+    why: str = ""
+
+
+Control = (
+    Hello | Welcome | Refused | Goodbye | Heartbeat | Gossip | Announce | Plans | Report
+    | ManifestWanted | ManifestHere | ChunkWanted | ChunkHere | NotHere
+)  # fmt: skip
+Answering = Submit | Cancel | Tokens | Unanswered
+Pipe = StageOrder | StageConnect | StageAdmit | StageStop | StageNews
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+_control: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
+_answering: msgspec.msgpack.Decoder[Answering] = msgspec.msgpack.Decoder(Answering)
+
+
+def encode(message: Message) -> bytes:
+    """A message's bytes."""
+    return _encoder.encode(message)
+
+
+def decode_control(data: bytes) -> Control:
+    """A message between agents. Raises ProtocolError, naming what does not fit."""
+    return _decode(_control, data)
+
+
+def decode_answering(data: bytes) -> Answering:
+    """A message between entry and head. Raises ProtocolError, naming what does not fit."""
+    return _decode(_answering, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise ProtocolError(f"a message of {len(data)} bytes, more than {MESSAGE_BYTES_MAX}")
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise ProtocolError(f"not a message: {error}") from error

@@ -1,0 +1,1 @@
+"""Running it: stages, frames, scheduling, sampling and answers."""
