@@ -7,7 +7,7 @@ values: a model's header, paths of files that others have checked, numpy arrays.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,7 +98,8 @@ class Recipe:
     Whoever writes the file copies the model's metadata without the keys that start with one of
     `drop`, then applies `write` (key → (GGUF type name, value); "array:bool" and the like for
     arrays), adds the tensors of head.gguf except those in `without`, and the `stubs`. The parts of
-    the window's layers follow as splits, numbered from 0; embed.gguf and output.gguf where asked.
+    the window's layers follow as splits, numbered from 0; embed.gguf and output.gguf where asked,
+    their tensors named as `rename` says (in the headers, which are rewritten anyway; no data moves).
     """
 
     write: Mapping[str, tuple[str, Any]]
@@ -107,6 +108,7 @@ class Recipe:
     stubs: tuple[Stub, ...] = ()
     embed: bool = False
     output: bool = False
+    rename: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
