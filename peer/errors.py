@@ -14,7 +14,8 @@ HalkaError
 ├── BackendError       an engine failed; raised by backends' shells, handled by the stage
 │   └── OutOfMemory    the window does not fit
 ├── AnswerFailed       an answer that began cannot go on; says why (error event in the stream)
-└── RequestError       the client's request is wrong (HTTP 400 unless the status says otherwise)
+├── RequestError       the client's request is wrong (HTTP 400 unless the status says otherwise)
+└── CommandError       what the user typed cannot be done; raised by words, shown by cli with its exit code
 """
 
 from __future__ import annotations
@@ -93,4 +94,16 @@ class RequestError(HalkaError):
         code: str | None = None,
     ) -> None:
         self.status, self.kind, self.param, self.code = status, kind, param, code
+        super().__init__(why)
+
+
+class CommandError(HalkaError):
+    """What the user typed cannot be done. Raised by `words`, shown by `cli.main`.
+
+    mend: the one command or setting that mends it. exit_code: 1 failure · 2 usage or settings ·
+    3 agent not running · 4 degraded.
+    """
+
+    def __init__(self, why: str, mend: str = "", exit_code: int = 1) -> None:
+        self.mend, self.exit_code = mend, exit_code
         super().__init__(why)

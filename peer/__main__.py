@@ -1,0 +1,5 @@
+"""`python -m peer` is `halka`."""
+
+from peer.cli import entry
+
+entry()

@@ -1,0 +1,231 @@
+"""`halka status`: one screen. Am I running, who is here and who decides, what runs where, where my
+API is, what is wrong and the one command that mends it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+
+from peer.errors import CommandError
+from peer.words import ring
+from peer.words.agent import Agent
+from peer.words.screen import Screen, cells_of, count, duration, note, say, size
+from peer.words.state import PeerState, Status
+
+PEERS_SHOWN = 12  # more would push the ring off the screen; --json has all
+WATCH_S = 1.0
+
+
+def command(args: Namespace) -> int:
+    """Returns 0, or 4 where there are problems. Raises: CommandError (3: not running)."""
+    if args.watch:
+        return _watch(args)
+    agent = Agent(args.home, args.http)
+    data = agent.status_bytes()
+    status = agent.read(data, Status)
+    if args.json:
+        say(json.dumps(json.loads(data), indent=2))
+    else:
+        say("\n".join(lines(status, Screen.of(sys.stdout))))
+    return 4 if status.problems else 0
+
+
+def lines(status: Status, screen: Screen) -> list[str]:
+    """The screen, a line each."""
+    return [
+        *_heading(status, screen),
+        *_model(status, screen),
+        *_peers(status, screen),
+        *_doors(status, screen),
+        *_problems(status, screen),
+    ]
+
+
+def rows(status: Status) -> list[ring.Row]:
+    """The ring's rows as the agent knows them now."""
+    labels = status.labels()
+    members = sorted(
+        (peer for peer in status.peers if peer.layers),
+        key=lambda peer: ring.in_ring_order(peer.layers),
+    )
+    return [
+        ring.Row(
+            name=labels[peer.peer_id],
+            windows=peer.layers,
+            phase="lost" if peer.state == "lost" else peer.phase,
+            done=_done(peer),
+            right=size(peer.memory_bytes) if peer.memory_bytes else "",
+            why=peer.why,
+        )
+        for peer in members
+    ]
+
+
+def _done(peer: PeerState) -> float:
+    if peer.phase == "fetching" and peer.total_bytes:
+        # 100 % is what it says when it is no longer fetching.
+        return min(peer.done_bytes / peer.total_bytes, 0.99)
+    return 1.0
+
+
+def _heading(status: Status, screen: Screen) -> list[str]:
+    me, dot = status.me, screen.pick("●", "*")
+    state, style = ("degraded", "yellow") if status.problems else ("running", "green")
+    name = screen.clean(me.name)
+    return [
+        f"{screen.paint(f'{dot} halka is {state}', style, 'bold')} on {name} for "
+        f"{duration(me.uptime_s)}",
+        screen.paint(f"  version {screen.clean(status.version)}, peer {me.peer_id}", "dim"),
+        "",
+    ]
+
+
+def _model(status: Status, screen: Screen) -> list[str]:
+    model = status.model
+    if not model.id:
+        return [
+            *screen.wrap("none yet" + (f": {model.why}" if model.why else ""), "Model    "),
+            "         get one: " + screen.paint("halka pull smollm2", "bold"),
+            "",
+        ]
+    dot = screen.pick(" · ", ", ")
+    facts = [screen.clean(model.id), count(model.layers, "layer")]
+    if model.context:
+        facts.append(f"{model.context} tokens of context")
+    plan = f" as plan {screen.clean(model.plan)}" if model.plan else ""
+    phases = {
+        "none": "not served",
+        "loading": "loading",
+        "linking": "linking",
+        "serving": "serving",
+    }
+    phase = phases.get(model.phase, screen.clean(model.phase))
+    style = "green" if model.phase == "serving" else "yellow"
+    text = f"Model    {screen.paint(dot.join(facts), 'bold')}"
+    out = [text, f"         {screen.paint(phase, style)}{plan}"]
+    if model.why and model.phase != "serving":
+        out += screen.wrap(model.why, "         ")
+    return [*out, *ring.draw(screen, model.layers, rows(status)), ""]
+
+
+def _peers(status: Status, screen: Screen) -> list[str]:
+    cluster, labels = status.cluster, status.labels()
+    members = sum(peer.state != "lost" for peer in status.peers)
+    decides = next((labels[p.peer_id] for p in status.peers if p.coordinator), "")
+    who = f"coordinator {screen.clean(decides)}, term {cluster.term}"
+    out = [
+        f'Peers    {members} in cluster "{screen.clean(cluster.name)}", '
+        + (who if decides else "no coordinator yet")
+    ]
+    for peer in status.peers[:PEERS_SHOWN]:
+        out.append(
+            f"  {screen.paint(screen.fit(screen.clean(labels[peer.peer_id]), 14), 'bold')} "
+            + screen.fit(_about(peer, screen), screen.width - 17).rstrip()
+        )
+        if peer.why and not peer.layers:
+            out += screen.wrap(peer.why, " " * 17)
+    if (more := len(status.peers) - PEERS_SHOWN) > 0:
+        out.append(f"  and {more} more: halka status --json")
+    return [*out, ""]
+
+
+def _about(peer: PeerState, screen: Screen) -> str:
+    facts = ["lost"] if peer.state == "lost" else []
+    facts += ["here"] if peer.me else []
+    if not peer.layers and peer.state != "lost":
+        facts.append("no layers")
+    facts += [peer.os, count(peer.cores, "core") if peer.cores else ""]
+    if peer.memory_total_bytes:
+        free, total = size(peer.memory_available_bytes), size(peer.memory_total_bytes)
+        free = free.removesuffix(total[-4:])  # 9.0 of 16.0 GiB
+        facts.append(f"{free} of {total} free")
+    facts += [e.device for e in peer.engines if e.kind not in ("cpu", "")]
+    facts.append(peer.address.removeprefix("tcp://"))
+    return ", ".join(screen.clean(fact) for fact in facts if fact)
+
+
+def _doors(status: Status, screen: Screen) -> list[str]:
+    answers, http = status.answers, screen.clean(status.me.http)
+    out = [
+        f"API      {screen.paint(f'http://{http}/v1', 'bold')}  (OpenAI's base_url; any api_key)",
+        '         try it: halka chat "Why is the sky blue?"',
+        f"Answers  {answers.running} running, {answers.served} served, {answers.failed} failed",
+    ]
+    if status.cluster.open:
+        out += screen.wrap(
+            "any peer on this network that speaks halka's protocol may join, for now", "Trust    "
+        )
+    for refusal in status.refused[-3:]:
+        text = f"{refusal.address}: {refusal.why} ({duration(refusal.ago_s)} ago)"
+        out += screen.wrap(text, "Refused  ")
+    return out
+
+
+def _problems(status: Status, screen: Screen) -> list[str]:
+    texts = [problem.what for problem in status.problems]
+    out: list[str] = []
+    if status.cluster.discovery and status.cluster.discovery not in texts:
+        out += ["", *screen.wrap(status.cluster.discovery, "Finding  ")]
+    if not status.problems:
+        return out
+    out += ["", screen.paint("Problems", "red", "bold")]
+    for problem in status.problems:
+        out += screen.wrap(problem.what, f"  {screen.pick('✗', '!')} ", "    ")
+        if problem.mend:
+            mend = screen.clean(problem.mend)
+            lead = "    mend it: "
+            # A command is to be copied: never broken into lines where it fits.
+            fits = cells_of(lead + mend) <= screen.width
+            out += [lead + screen.paint(mend, "bold")] if fits else screen.wrap(mend, lead)
+    return out
+
+
+def _watch(args: Namespace) -> int:
+    """Draw again and again until Ctrl-C, also while the agent is away."""
+    try:
+        if args.json or not sys.stdout.isatty():
+            _follow(args)
+        else:
+            _redraw(args)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _redraw(args: Namespace) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        while True:
+            shown = "\n".join(_now(args, Screen.of(sys.stdout)))
+            live.update(Text.from_ansi(shown, no_wrap=True), refresh=True)
+            time.sleep(WATCH_S)
+
+
+def _now(args: Namespace, screen: Screen) -> list[str]:
+    # A new Agent each time: after a restart it may answer at another address.
+    try:
+        return lines(Agent(args.home, args.http).status(), screen)
+    except CommandError as error:
+        mend = screen.wrap(error.mend, "  mend it: ") if error.mend else []
+        return [*screen.wrap(str(error), ""), *mend]
+
+
+def _follow(args: Namespace) -> None:
+    """The same where no terminal is: a screen, or one line of JSON, a second."""
+    while True:
+        try:
+            if args.json:
+                say(json.dumps(json.loads(Agent(args.home, args.http).status_bytes())))
+            else:
+                say("\n".join(lines(Agent(args.home, args.http).status(), Screen.of(sys.stdout))))
+                say()
+        except CommandError as error:
+            note(f"halka: {error}")
+        time.sleep(WATCH_S)
