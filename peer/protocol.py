@@ -257,6 +257,7 @@ class StageOrder(Message, frozen=True, tag="order"):
     peer_id: PeerId
     folder: str  # the model's folder in the store
     threads: Count
+    step_s: float = 120.0  # for one step to come around the ring
     bind: str = "*"  # interface address to listen on
     admitted: tuple[Key, ...] = ()  # agents that may submit
 

@@ -1,0 +1,189 @@
+"""The entry peer's side of answers: one DEALER to the head of each plan that serves or drains.
+
+A shell: it turns messages and the clock into events of `generation` and sends what comes out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import zmq
+import zmq.asyncio
+
+from peer.errors import AnswerFailed, NoPlan, ProtocolError, RequestError
+from peer.planning.plan import PlanId
+from peer.protocol import MESSAGE_BYTES_MAX, Sampling, Tokens, Unanswered, decode_answering, encode
+from peer.ring.generation import (
+    Action,
+    Arrived,
+    Begin,
+    ClientGone,
+    Event,
+    Fail,
+    Generation,
+    Give,
+    PlanLost,
+    Send,
+    Tick,
+)
+from peer.ring.sockets import as_client
+
+log = logging.getLogger("halka.ring")
+
+_READ_AHEAD = 4096  # tokens that a slow client may lag behind before its answer ends
+
+
+@dataclass(slots=True)
+class _Head:
+    """A link to the head of one plan."""
+
+    plan: PlanId
+    socket: zmq.asyncio.Socket
+    reader: asyncio.Task[None]
+
+
+@dataclass(slots=True)
+class _Answer:
+    machine: Generation
+    queue: asyncio.Queue[Give | Fail] = field(
+        default_factory=lambda: asyncio.Queue(maxsize=_READ_AHEAD)
+    )
+
+
+class Entry:
+    """Sends answers to heads and hands out their tokens. keys: the agent's CURVE pair."""
+
+    def __init__(self, public: bytes, secret: bytes, silence_s: float) -> None:
+        self._public, self._secret, self._silence_s = public, secret, silence_s
+        self._context = zmq.asyncio.Context()
+        self._heads: dict[PlanId, _Head] = {}
+        self._answers: dict[str, _Answer] = {}
+        self._serving: PlanId | None = None
+        self.served = 0
+        self.failed = 0
+
+    @property
+    def running(self) -> int:
+        """Answers that are under way."""
+        return len(self._answers)
+
+    def open(self, plan: PlanId, address: str, key: str) -> None:
+        """Make a link to a plan's head. address: tcp://host:port; key: the stage's public key."""
+        if plan in self._heads:
+            return
+        socket = self._context.socket(zmq.DEALER)
+        as_client(socket, key.encode(), self._public, self._secret, MESSAGE_BYTES_MAX)
+        socket.connect(address)
+        reader = asyncio.create_task(self._read(plan, socket), name=f"answers of plan {plan}")
+        self._heads[plan] = _Head(plan, socket, reader)
+
+    def serve(self, plan: PlanId | None) -> None:
+        """New answers go to this plan's head."""
+        self._serving = plan if plan in self._heads else None
+
+    def end(self, plan: PlanId, why: str) -> None:
+        """The plan is over: so are its answers, with this reason."""
+        for request in list(self._answers):
+            self._take(request, PlanLost(plan, why))
+        if self._serving == plan:
+            self._serving = None
+        if head := self._heads.pop(plan, None):
+            head.reader.cancel()
+            head.socket.close(0)
+
+    async def answer(
+        self,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        tokens_max: int,
+        ends: tuple[int, ...],
+    ) -> AsyncIterator[Give]:
+        """Tokens as they come. Closing the iterator cancels the answer in every stage.
+
+        Raises: NoPlan where nothing serves or the ring is full, RequestError, AnswerFailed.
+        """
+        if self._serving is None:
+            raise NoPlan("no ring serves at this moment")
+        request = secrets.token_hex(12)
+        machine = Generation(request, prompt, sampling, tokens_max, ends, self._silence_s)
+        answer = self._answers[request] = _Answer(machine)
+        begun = False
+        try:
+            self._take(request, Begin(self._serving))
+            while True:
+                given = await self._next(request, answer)
+                if isinstance(given, Fail):
+                    self.failed += 1
+                    raise _error(given, begun)
+                begun = True
+                if given.finish:
+                    self.served += 1
+                yield given
+                if given.finish:
+                    return
+        finally:
+            self._take(request, ClientGone())
+            del self._answers[request]
+
+    async def _next(self, request: str, answer: _Answer) -> Give | Fail:
+        while True:
+            deadline = answer.machine.deadline
+            wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                return await asyncio.wait_for(answer.queue.get(), wait_s)
+            except TimeoutError:
+                self._take(request, Tick())
+
+    def _take(self, request: str, event: Event) -> None:
+        answer = self._answers.get(request)
+        if answer is None:
+            return
+        for action in answer.machine.step(event, time.monotonic()):
+            self._perform(answer, action)
+
+    def _perform(self, answer: _Answer, action: Action) -> None:
+        match action:
+            case Send(message):
+                if head := self._heads.get(message.plan):
+                    # Never waits: a full queue means that the head is gone or far behind.
+                    sent = asyncio.ensure_future(head.socket.send(encode(message), zmq.NOBLOCK))
+                    if sent.done() and (error := sent.exception()):
+                        log.warning("sent=no to=head plan=%s because=%s", message.plan, error)
+            case Give() | Fail():
+                if answer.queue.full():
+                    self._take(answer.machine.request, ClientGone())
+                    answer.queue.get_nowait()
+                    action = Fail("failed", "the client read too slowly")
+                answer.queue.put_nowait(action)
+
+    async def _read(self, plan: PlanId, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            parts = await socket.recv_multipart()
+            try:
+                message = decode_answering(parts[-1])
+            except ProtocolError as error:
+                log.warning("dropped=message from=head plan=%s because=%s", plan, error)
+                continue
+            if isinstance(message, Tokens | Unanswered) and message.plan == plan:
+                self._take(message.request, Arrived(message))
+
+    async def close(self) -> None:
+        """End all answers and links."""
+        heads = list(self._heads.values())
+        for head in heads:
+            self.end(head.plan, "this peer is going away")
+        await asyncio.gather(*(head.reader for head in heads), return_exceptions=True)
+        self._context.destroy(0)
+
+
+def _error(given: Fail, begun: bool) -> Exception:
+    if given.code == "invalid":
+        return RequestError(given.why)
+    if given.code in ("busy", "stale") and not begun:
+        return NoPlan(given.why)
+    return AnswerFailed(given.why)

@@ -1,0 +1,204 @@
+"""What goes from stage to stage: a header, the rows' index, the activations.
+
+ZeroMQ multipart of three frames: the header (msgpack), the index (int32 slots, int32 positions,
+uint8 outputs, packed one after another) and the raw float32 activations [rows, hidden], read in
+place, without a copy. `Sampled`, one frame, closes the ring from the tail to the head.
+Nothing here is trusted: every size is checked against the plan before an array is made of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Batch
+from peer.errors import ProtocolError, StalePlan
+from peer.planning.plan import Plan, PlanId
+from peer.planning.profile import PeerId
+from peer.protocol import IDS_BYTES_MAX, Sampling, Token
+
+HEADER_BYTES_MAX = 1 << 20
+ROW_BYTES = 9  # of the index: slot, position, output
+
+_Slot = Annotated[int, msgspec.Meta(ge=0, le=255)]
+_Position = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+
+
+class SlotOp(msgspec.Struct, frozen=True, tag_field="o", omit_defaults=True):
+    """What is done to a slot in every stage before the rows of the same frame are run."""
+
+
+class Open(SlotOp, frozen=True, tag="open"):
+    """A new answer takes the slot. `history`: int32 ids that penalties look back on (tail only)."""
+
+    slot: _Slot
+    sampling: Sampling
+    history: Annotated[bytes, msgspec.Meta(max_length=IDS_BYTES_MAX)] = b""
+
+
+class Trim(SlotOp, frozen=True, tag="trim"):
+    """Forget what lies at and beyond the position; 0 frees the slot."""
+
+    slot: _Slot
+    position: _Position
+
+
+class Copy(SlotOp, frozen=True, tag="copy"):
+    """Give `target` the first `length` positions of `source`."""
+
+    source: _Slot
+    target: _Slot
+    length: _Position
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """The numbers of this slot are not finite since this peer computed them."""
+
+    slot: _Slot
+    peer_id: PeerId
+
+
+_Ops = Annotated[tuple[Open | Trim | Copy, ...], msgspec.Meta(max_length=1024)]
+_Faults = Annotated[tuple[Fault, ...], msgspec.Meta(max_length=256)]
+
+
+class FrameHeader(msgspec.Struct, frozen=True, tag_field="f", tag="frame", omit_defaults=True):
+    """Names the plan, the step within it and the window that the rows go into."""
+
+    plan: PlanId
+    step: Annotated[int, msgspec.Meta(ge=1, le=1 << 60)]
+    window: Annotated[int, msgspec.Meta(ge=0, le=512)]
+    rows: Annotated[int, msgspec.Meta(ge=0, le=8192)]
+    hidden: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    ops: _Ops = ()
+    faults: _Faults = ()
+
+
+class Sampled(msgspec.Struct, frozen=True, tag_field="f", tag="sampled", omit_defaults=True):
+    """The tail's answer to a step: one token for each output row, in the batch's order."""
+
+    plan: PlanId
+    step: Annotated[int, msgspec.Meta(ge=1, le=1 << 60)]
+    tokens: Annotated[tuple[Token, ...], msgspec.Meta(max_length=256)] = ()
+    faults: _Faults = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A header with its rows and their activations, float32 [rows, hidden]."""
+
+    header: FrameHeader
+    batch: Batch
+    x: NDArray[np.float32]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[FrameHeader | Sampled] = msgspec.msgpack.Decoder(
+    FrameHeader | Sampled
+)
+
+
+def pack_index(batch: Batch) -> bytes:
+    """The rows' index, ROW_BYTES a row."""
+    return (
+        batch.slots.tobytes() + batch.positions.tobytes() + batch.outputs.view(np.uint8).tobytes()
+    )
+
+
+def encode_frame(header: FrameHeader, index: bytes, x: NDArray[np.float32]) -> list[Any]:
+    """The multipart message. The activations are handed over without a copy."""
+    return [_encoder.encode(header), index, np.ascontiguousarray(x).reshape(-1).view(np.uint8).data]
+
+
+def encode_sampled(sampled: Sampled) -> list[bytes]:
+    """The multipart message."""
+    return [_encoder.encode(sampled)]
+
+
+def decode(parts: list[memoryview], plan: Plan) -> Frame | Sampled:
+    """What came in, checked against the plan.
+
+    Raises: StalePlan for another plan's frames, ProtocolError for anything that does not fit.
+    """
+    if not 1 <= len(parts) <= 3 or len(parts[0]) > HEADER_BYTES_MAX:
+        raise ProtocolError("not a frame: wrong number or size of parts")
+    try:
+        header = _decoder.decode(parts[0])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise ProtocolError(f"not a frame: {error}") from error
+    if header.plan != plan.id:
+        raise StalePlan(f"a frame of plan {header.plan}, but plan {plan.id} is served")
+    if isinstance(header, Sampled):
+        if len(parts) != 1:
+            raise ProtocolError("sampled tokens with more than one part")
+        _check_faults(header.faults, plan)
+        return header
+    if len(parts) != 3:
+        raise ProtocolError("a frame without its index or activations")
+    return _frame(header, parts[1], parts[2], plan)
+
+
+def _frame(header: FrameHeader, index: memoryview, data: memoryview, plan: Plan) -> Frame:
+    split, rows = plan.split, header.rows
+    if header.hidden != plan.shape.hidden:
+        raise ProtocolError(f"hidden size {header.hidden}, the model's is {plan.shape.hidden}")
+    if rows > split.batch_tokens or not 0 < header.window < len(split.windows):
+        raise ProtocolError(f"{rows} rows for window {header.window} are outside the plan")
+    if len(index) != rows * ROW_BYTES or len(data) != rows * header.hidden * 4:
+        raise ProtocolError("the parts' sizes are not those that the header states")
+    slots = np.frombuffer(index, np.int32, rows)
+    positions = np.frombuffer(index, np.int32, rows, rows * 4)
+    flags = np.frombuffer(index, np.uint8, rows, rows * 8)
+    if rows and (
+        int(slots.min()) < 0
+        or int(slots.max()) >= split.slots
+        or int(positions.min()) < 0
+        or int(positions.max()) >= split.context
+        or int(flags.max()) > 1
+    ):
+        raise ProtocolError("slots, positions or flags out of range")
+    same = slots[1:] == slots[:-1]
+    if not np.array_equal(positions[1:][same], positions[:-1][same] + 1):
+        raise ProtocolError("the rows of a slot are not consecutive")
+    if 1 + int(np.count_nonzero(~same)) != len(np.unique(slots)) and rows:
+        raise ProtocolError("the rows of a slot are scattered")
+    _check_ops(header.ops, plan)
+    _check_faults(header.faults, plan)
+    batch = Batch(slots, positions, flags.view(np.bool_))
+    return Frame(header, batch, np.frombuffer(data, np.float32).reshape(rows, header.hidden))
+
+
+def _check_ops(ops: tuple[Open | Trim | Copy, ...], plan: Plan) -> None:
+    slots, context = plan.split.slots, plan.split.context
+    for op in ops:
+        match op:
+            case Open(slot, _, history):
+                if slot >= slots or len(history) % 4:
+                    raise ProtocolError("an answer opens outside the plan's slots")
+            case Trim(slot, position):
+                if slot >= slots or position > context:
+                    raise ProtocolError("a trim outside the plan's slots or context")
+            case Copy(source, target, length):
+                if source >= slots or target >= slots or source == target or length > context:
+                    raise ProtocolError("a copy outside the plan's slots or context")
+
+
+def _check_faults(faults: tuple[Fault, ...], plan: Plan) -> None:
+    ring = plan.ring
+    for fault in faults:
+        if fault.slot >= plan.split.slots or fault.peer_id not in ring:
+            raise ProtocolError("a fault of an unknown slot or peer")
+
+
+def unfinite(frame_slots: NDArray[np.int32], x: NDArray[np.float32]) -> list[int]:
+    """Slots with rows that are not finite. x: [rows, width]."""
+    # The sum is finite unless an element is not, or it overflows: then look closely.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(x.sum()):
+            return []
+    bad = ~np.isfinite(x).all(axis=1)
+    return [int(slot) for slot in np.unique(frame_slots[bad])]

@@ -1,0 +1,122 @@
+"""The head's side of answers: entry peers on a ROUTER, the scheduler behind it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import zmq
+
+from peer.errors import HalkaError, ProtocolError
+from peer.planning.plan import Plan
+from peer.protocol import (
+    MESSAGE_BYTES_MAX,
+    Cancel,
+    Message,
+    Submit,
+    Tokens,
+    Unanswered,
+    decode_answering,
+    encode,
+)
+from peer.ring import scheduler as schedule
+from peer.ring.sockets import as_server
+
+log = logging.getLogger("halka.stage")
+
+_LAST_WORDS_MS = 200  # to reach entry peers when the stage ends
+
+
+class Broken(HalkaError):
+    """The ring's state is not what the head believes; only a new ring can answer rightly."""
+
+
+class Head:
+    """Takes answers in, hands tokens out. `todo` is the next step to run, or None."""
+
+    def __init__(
+        self, context: zmq.Context[Any], public: bytes, secret: bytes, plan: Plan, step_s: float
+    ) -> None:
+        self.plan = plan
+        split = plan.split
+        self.scheduler = schedule.Scheduler(
+            split.slots, split.context, split.kv_cells, split.batch_tokens, step_s
+        )
+        self.socket = context.socket(zmq.ROUTER)
+        as_server(self.socket, public, secret, "submit", MESSAGE_BYTES_MAX)
+        self.socket.router_mandatory = True
+        self.todo: schedule.Run | None = None
+        self.dropped = 0
+
+    def hear(self) -> None:
+        """Everything that entry peers ask for now."""
+        while True:
+            try:
+                owner, *rest = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._heard(owner, rest[-1] if rest else b"")
+            except ProtocolError as error:
+                self.dropped += 1
+                log.warning("dropped=message from=entry because=%s", error)
+
+    def _heard(self, owner: bytes, data: bytes) -> None:
+        match decode_answering(data):
+            case Submit() as message:
+                self._submitted((owner, message.request), message)
+            case Cancel() as message:
+                self.take(schedule.Cancelled((owner, message.request)))
+            case _:
+                raise ProtocolError("an entry peer sent what only a head may send")
+
+    def _submitted(self, key: tuple[bytes, str], message: Submit) -> None:
+        ids = np.frombuffer(message.ids, np.int32) if len(message.ids) % 4 == 0 else None
+        if message.plan != self.plan.id:
+            why = f"plan {message.plan} is over, {self.plan.id} is served here"
+            self._perform(schedule.Refuse(key, "stale", why))
+        elif ids is None or (len(ids) and int(ids.min()) < 0):
+            self._perform(schedule.Refuse(key, "invalid", "the prompt's token ids are malformed"))
+        else:
+            self.take(
+                schedule.Submitted(
+                    key, ids, message.sampling, message.tokens_max, frozenset(message.ends)
+                )
+            )
+
+    def take(self, event: schedule.Event) -> None:
+        """Give the scheduler an event and do what it asks for. Raises Broken."""
+        for action in self.scheduler.step(event, time.monotonic()):
+            self._perform(action)
+
+    def _perform(self, action: schedule.Action) -> None:
+        plan = self.plan.id
+        match action:
+            case schedule.Run():
+                self.todo = action
+            case schedule.Deliver(key, position, ids, finish):
+                self._reply(key, lambda request: Tokens(request, plan, position, ids, finish))
+            case schedule.Refuse(key, code, why):
+                self._reply(key, lambda request: Unanswered(request, plan, code, why[:1000]))
+            case schedule.Lost(why):
+                raise Broken(why)
+
+    def _reply(self, key: Any, make: Callable[[str], Message]) -> None:
+        """To the entry peer that owns the answer; if it is gone, so is the answer."""
+        owner, request = key
+        try:
+            self.socket.send_multipart([owner, encode(make(request))], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self.take(schedule.Cancelled(key))
+
+    def fail_all(self, why: str) -> None:
+        """Tell every entry peer that its answers end here."""
+        for job in [*self.scheduler.running.values(), *self.scheduler.waiting]:
+            self._perform(schedule.Refuse(job.key, "failed", why))
+
+    def close(self) -> None:
+        """Close the socket, with a moment for the last words."""
+        self.socket.close(_LAST_WORDS_MS)

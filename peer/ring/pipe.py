@@ -1,0 +1,54 @@
+"""The channel between a stage and its agent: stdin and stdout, one JSON message a line."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+import zmq
+
+from peer.protocol import Message, StageAdmit, StageConnect, StageOrder, StageStop
+
+Order = StageOrder | StageConnect | StageAdmit | StageStop
+
+_decoder: msgspec.json.Decoder[Order] = msgspec.json.Decoder(Order)
+
+
+class Pipe:
+    """The channel to the agent. What the engine prints to stdout goes to stderr instead."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "wb", buffering=0)
+        os.dup2(2, 1)
+        self._pending = b""
+        os.set_blocking(0, False)
+
+    def tell(self, message: Message) -> None:
+        """Write one message. Raises BrokenPipeError when the agent is gone."""
+        data = msgspec.json.encode(message) + b"\n"
+        while data:
+            data = data[self._out.write(data) or 0 :]
+
+    def read(self) -> list[Order] | None:
+        """All whole messages that wait; None once the agent is gone."""
+        try:
+            data = os.read(0, 1 << 20)
+        except BlockingIOError:
+            return []
+        if not data:
+            return None
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        return [_decoder.decode(line) for line in lines]
+
+    def first(self) -> StageOrder | None:
+        """Wait for the order that begins this stage; None if the agent went away before."""
+        poller = zmq.Poller()
+        poller.register(0, zmq.POLLIN)
+        while True:
+            poller.poll()
+            orders = self.read()
+            if orders is None:
+                return None
+            for order in orders:
+                if isinstance(order, StageOrder):
+                    return order

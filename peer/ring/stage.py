@@ -1,0 +1,339 @@
+"""The stage: the process on a peer that runs its windows of one plan. `python -m peer.ring.stage`.
+
+A plain loop: frame in, windows, frame out; no asyncio, no second Python thread. Its agent speaks
+to it over stdin and stdout, one JSON message a line; when stdin ends, the agent is gone and the
+stage ends too. A crash of the engine therefore ends this process and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+import backends
+from backends.base import BackendFault, Batch
+from peer.errors import HalkaError, ProtocolError, StalePlan
+from peer.protocol import StageAdmit, StageConnect, StageNews, StageOrder, StageStop
+from peer.ring import scheduler as schedule
+from peer.ring.frames import (
+    HEADER_BYTES_MAX,
+    Fault,
+    Frame,
+    FrameHeader,
+    Sampled,
+    decode,
+    encode_frame,
+    encode_sampled,
+    pack_index,
+    unfinite,
+)
+from peer.ring.head import Broken, Head
+from peer.ring.pipe import Pipe
+from peer.ring.sockets import Doorkeeper, as_client, as_server
+from peer.ring.windows import Windows
+
+log = logging.getLogger("halka.stage")
+
+_NEWS_S = 0.5  # at most so often is the agent told of numbers that grow
+
+
+class Stage:
+    """The loop, its sockets, and the scheduler where this stage is the head."""
+
+    def __init__(self, order: StageOrder, pipe: Pipe) -> None:
+        self.plan, self.peer_id, self.pipe = order.plan.plan, order.peer_id, pipe
+        self.alone = len(self.plan.ring) == 1
+        engine = backends.load(
+            self.plan.split.windows[self.plan.windows_of(self.peer_id)[0]].backend
+        )
+        self.windows = Windows(engine, self.plan, self.peer_id, order.threads)
+        self.folder = Path(order.folder)
+        split = self.plan.split
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.door = Doorkeeper(self.context)
+        self.door.admitted = {"submit": set(order.admitted), "ring": set()}
+        public, secret = zmq.curve_keypair()
+        self.public, self.secret = public, secret
+        ring_bytes_max = max(HEADER_BYTES_MAX, split.batch_tokens * self.plan.shape.hidden * 4)
+        self.ring_bytes_max = ring_bytes_max
+        self.pull = self.context.socket(zmq.PULL)
+        as_server(self.pull, public, secret, "ring", ring_bytes_max)
+        self.head = (
+            Head(self.context, public, secret, self.plan, order.step_s)
+            if self.plan.head == self.peer_id
+            else None
+        )
+        self.bind = order.bind
+        self.push: zmq.Socket[Any] | None = None
+        self.last_step = 0  # of frames that came in; they come each once and in order
+        self.returned = 0
+        self.news = StageNews("loading")
+        self.told = (StageNews("loading"), 0.0)
+        self.stopping = False
+
+    # Beginning ------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load the windows, open the sockets, tell the agent where they are."""
+        self.tell(force=True)
+        used = self.windows.load(self.folder)
+        self.news = msgspec.structs.replace(
+            self.news,
+            phase="ready",
+            ring_port=_bind(self.pull, self.bind),
+            submit_port=_bind(self.head.socket, self.bind) if self.head else 0,
+            key=self.public.decode(),
+            weights_bytes=used.weights_bytes,
+            kv_bytes=used.kv_bytes,
+            compute_bytes=used.compute_bytes,
+        )
+        self.tell(force=True)
+
+    def connect(self, order: StageConnect) -> None:
+        """The ring is complete: link to the next stage."""
+        if self.push is None and not self.alone:
+            self.door.admitted["ring"] = {order.previous_key}
+            self.push = self.context.socket(zmq.PUSH)
+            as_client(
+                self.push, order.next_key.encode(), self.public, self.secret, self.ring_bytes_max
+            )
+            self.push.connect(order.next_address)
+        self.news = msgspec.structs.replace(self.news, phase="linked")
+        self.tell(force=True)
+
+    # The loop -------------------------------------------------------------------------------
+
+    def loop(self) -> None:
+        """Run until told to stop, or until the agent is gone."""
+        head = self.head
+        poller = zmq.Poller()
+        for source in (self.door.socket, self.pull, 0, *([head.socket] if head else [])):
+            poller.register(source, zmq.POLLIN)
+        while not self.stopping:
+            ready = dict(poller.poll(0 if head and head.todo else self.wait_ms()))
+            if self.door.socket in ready:
+                self.door.answer()
+            if 0 in ready:
+                self.hear_agent()
+            if self.pull in ready:
+                self.hear_ring()
+            if head:
+                if head.socket in ready:
+                    head.hear()
+                if head.todo:
+                    run, head.todo = head.todo, None
+                    self.begin_step(run)
+                head.take(schedule.Tick())
+            self.tell()
+
+    def wait_ms(self) -> int | None:
+        """How long the loop may sleep."""
+        waits = []
+        if self.head and self.head.scheduler.deadline is not None:
+            waits.append(self.head.scheduler.deadline - time.monotonic())
+        if self.current_news() != self.told[0]:
+            waits.append(self.told[1] + _NEWS_S - time.monotonic())
+        return math.ceil(max(0.0, min(waits)) * 1000) if waits else None
+
+    def hear_agent(self) -> None:
+        """Orders on stdin."""
+        orders = self.pipe.read()
+        if orders is None:
+            log.info("stage=ending because=agent_gone")
+            self.stopping = True
+            return
+        for order in orders:
+            match order:
+                case StageConnect():
+                    self.connect(order)
+                case StageAdmit(keys):
+                    self.door.admitted["submit"] = set(keys)
+                case StageStop():
+                    self.stopping = True
+
+    def hear_ring(self) -> None:
+        """One frame from the stage before this one."""
+        parts = [frame.buffer for frame in self.pull.recv_multipart(copy=False)]
+        try:
+            came = decode(parts, self.plan)
+            if isinstance(came, Sampled):
+                self.hear_sampled(came)
+            else:
+                self.hear_frame(came)
+        except (StalePlan, ProtocolError) as error:
+            self.drop(error)
+
+    def drop(self, error: HalkaError) -> None:
+        """Refuse a frame: counted, named, without effect."""
+        self.news = msgspec.structs.replace(self.news, dropped=self.news.dropped + 1)
+        if self.news.dropped <= 10 or self.news.dropped % 1000 == 0:
+            log.warning("dropped=frame count=%d because=%s", self.news.dropped, error)
+
+    def hear_frame(self, frame: Frame) -> None:
+        """Rows for one of this stage's windows."""
+        header = frame.header
+        if header.window not in self.windows.mine:
+            raise ProtocolError(f"window {header.window} is not this peer's")
+        order = header.step * len(self.plan.split.windows) + header.window
+        if order <= self.last_step:
+            raise ProtocolError(f"step {header.step} came again")
+        if header.step > self.last_step // len(self.plan.split.windows) + 1:
+            # Its rows are missing from this stage's KV cache: going on would answer wrongly.
+            raise Broken(f"frames before step {header.step} were lost on the way to this peer")
+        self.last_step = order
+        faults = list(header.faults)
+        known = {fault.slot for fault in faults}
+        before = self.plan.split.windows[header.window - 1].peer_id
+        x = frame.x
+        bad = [slot for slot in unfinite(frame.batch.slots, x) if slot not in known]
+        faults += [Fault(slot, before) for slot in bad]
+        if faults:  # the other rows go on; these must not spread
+            x = np.where(np.isin(frame.batch.slots, [f.slot for f in faults])[:, None], 0, x)
+        if header.window == self.windows.mine[0]:
+            self.windows.apply(header.ops)
+        self.run_on(header, frame.batch, x, faults)
+
+    def hear_sampled(self, sampled: Sampled) -> None:
+        """The tail's tokens, at the head."""
+        if not self.head:
+            raise ProtocolError("sampled tokens came to a peer that is not the head")
+        if sampled.step <= self.returned:
+            raise ProtocolError(f"the tokens of step {sampled.step} came again")
+        self.returned = sampled.step
+        self.head.take(schedule.Returned(sampled.step, sampled.tokens, sampled.faults))
+
+    # Steps ----------------------------------------------------------------------------------
+
+    def begin_step(self, run: schedule.Run) -> None:
+        """The head's own first window, then on along the ring."""
+        self.windows.apply(run.ops)
+        batch = Batch(run.slots, run.positions, run.outputs)
+        header = FrameHeader(
+            self.plan.id, run.step, 0, len(run.ids), self.plan.shape.hidden, run.ops
+        )
+        self.run_on(header, batch, run.ids, [])
+
+    def run_on(
+        self, header: FrameHeader, batch: Batch, x: NDArray[Any], faults: list[Fault]
+    ) -> None:
+        """Run this stage's window, and the following ones while they are its own; then send."""
+        index = header.window
+        while True:
+            if header.rows:
+                x = self.windows.run(index, batch, x)
+            index += 1
+            if index == len(self.plan.split.windows):
+                return self.finish(header, batch, x, faults)
+            if index not in self.windows.mine:
+                break
+        if header.rows == 0:
+            x = np.empty((0, header.hidden), np.float32)
+        onward = msgspec.structs.replace(header, window=index, faults=tuple(faults))
+        self.count(header)
+        self.send(encode_frame(onward, pack_index(batch), x))
+
+    def finish(
+        self, header: FrameHeader, batch: Batch, logits: NDArray[np.float32], faults: list[Fault]
+    ) -> None:
+        """The tail: sample, and close the ring."""
+        tokens = self.windows.sample(batch, logits, faults) if header.rows else ()
+        self.count(header)
+        if self.head:
+            self.returned = header.step
+            self.head.take(schedule.Returned(header.step, tokens, tuple(faults)))
+        else:
+            self.send(encode_sampled(Sampled(self.plan.id, header.step, tokens, tuple(faults))))
+
+    def count(self, header: FrameHeader) -> None:
+        """Steps and rows, for status."""
+        self.news = msgspec.structs.replace(
+            self.news, steps=self.news.steps + 1, tokens=self.news.tokens + header.rows
+        )
+
+    def send(self, parts: list[Any]) -> None:
+        """To the next stage. A queue that is full means that it has stopped."""
+        if self.push is None:
+            raise ProtocolError("a frame came before the ring was linked")
+        # A copy is made by libzmq: the engine's buffer is written again by the next step.
+        self.push.send_multipart(parts, zmq.NOBLOCK, copy=True)
+
+    # News -----------------------------------------------------------------------------------
+
+    def current_news(self) -> StageNews:
+        """What the agent should know now."""
+        active = self.head.scheduler.active if self.head else 0
+        return msgspec.structs.replace(self.news, active=active)
+
+    def tell(self, force: bool = False) -> None:
+        """Tell the agent what changed, not too often."""
+        news, now = self.current_news(), time.monotonic()
+        if force or (news != self.told[0] and now >= self.told[1] + _NEWS_S):
+            self.told = (news, now)
+            self.pipe.tell(news)
+
+    def fail(self, why: str) -> None:
+        """The last words of a stage that cannot go on."""
+        if self.head:
+            self.head.fail_all(why)
+        self.news = msgspec.structs.replace(self.news, phase="failed", why=why[:1000])
+        self.tell(force=True)
+
+    def close(self) -> None:
+        """Close sockets, free the engine."""
+        for socket in (self.pull, self.push):
+            if socket:
+                socket.close(0)
+        if self.head:
+            self.head.close()
+        self.door.close()
+        self.windows.close()
+        self.context.term()
+
+
+def _bind(socket: zmq.Socket[Any], bind: str) -> int:
+    try:
+        return socket.bind_to_random_port(f"tcp://{bind}")
+    except zmq.ZMQError:  # no IPv6 here
+        socket.setsockopt(zmq.IPV6, 0)
+        return socket.bind_to_random_port(f"tcp://{bind}")
+
+
+def main() -> int:
+    """Read the order, load, run. Exit 0 when told to stop, 1 when something failed."""
+    logging.basicConfig(
+        stream=sys.stderr, level=os.environ.get("HALKA_LOG", "info").upper(), format="%(message)s"
+    )
+    pipe = Pipe()
+    order = pipe.first()
+    if order is None:
+        return 0
+    stage = None
+    try:
+        stage = Stage(order, pipe)
+        stage.load()
+        stage.loop()
+    except (BackendFault, HalkaError, OSError, zmq.ZMQError, KeyError, ImportError) as error:
+        why = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        log.error("stage=failed because=%s", why)
+        if stage is None:
+            pipe.tell(StageNews("failed", why=why[:1000]))
+            return 1
+        stage.fail(why)
+        stage.close()
+        return 1
+    stage.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""A stage's windows on its engine, and the samplers where it is the tail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Backend, Batch, Engine, Footprint, Settings, Window
+from peer.models import parts as model_parts
+from peer.planning.plan import Plan
+from peer.ring.frames import Copy, Fault, Open, Trim
+from peer.ring.sampling import Sampler
+
+
+class Windows:
+    """This stage's windows on its backend, and the samplers where it is the tail."""
+
+    def __init__(self, engine: Engine, plan: Plan, peer_id: str, threads: int) -> None:
+        self.plan, self.peer_id = plan, peer_id
+        self.mine = plan.windows_of(peer_id)
+        split = plan.split
+        self._engine = engine
+        self._backend: Backend = self._engine.open(
+            Settings(
+                split.slots,
+                split.kv_cells,
+                split.batch_tokens,
+                threads,
+                split.windows[self.mine[0]].gpu_layers,
+            )
+        )
+        self._windows: dict[int, Window] = {}
+        self._samplers: dict[int, Sampler] = {}
+
+    def load(self, folder: Path) -> Footprint:
+        """Place the parts of every window and load them."""
+        header = model_parts.load_header(folder)
+        manifest = model_parts.load_manifest(folder)
+        weights = kv = compute = 0
+        for index in self.mine:
+            first, last = self.plan.split.windows[index].first, self.plan.split.windows[index].last
+            recipe = self._engine.recipe(header, first, last)
+            with TemporaryDirectory(prefix=f"window-{first}-{last}-", dir=folder) as into:
+                placed = model_parts.place(folder, manifest, recipe, first, last, Path(into))
+                window = Window(first, last, header.layers, header, placed.files, placed.embed)
+                used = self._backend.load(window)
+            self._windows[index] = window
+            weights, kv = weights + used.weights_bytes, kv + used.kv_bytes
+            compute = max(compute, used.compute_bytes)
+        return Footprint(weights, kv, compute)
+
+    def apply(self, ops: tuple[Open | Trim | Copy, ...]) -> None:
+        """Do what the frame asks for before its rows are run."""
+        for op in ops:
+            match op:
+                case Open(slot, sampling, history):
+                    self._samplers[slot] = Sampler(sampling, np.frombuffer(history, np.int32))
+                case Trim(slot, position):
+                    self._backend.trim(slot, position)
+                    if position == 0:
+                        self._samplers.pop(slot, None)
+                case Copy(source, target, length):
+                    self._backend.copy(source, target, length)
+
+    def run(self, index: int, batch: Batch, x: NDArray[Any]) -> NDArray[np.float32]:
+        """One step through one of the windows; x as in `Backend.run`."""
+        return self._backend.run(self._windows[index], batch, x)
+
+    def sample(
+        self, batch: Batch, logits: NDArray[np.float32], faults: list[Fault]
+    ) -> tuple[int, ...]:
+        """One token for each output row. logits: [outputs, vocabulary]. Adds to `faults`."""
+        tokens = []
+        for row, at in enumerate(np.flatnonzero(batch.outputs)):
+            slot, position = int(batch.slots[at]), int(batch.positions[at]) + 1
+            try:
+                token = self._samplers[slot].sample(logits[row], position)
+            except FloatingPointError:
+                token = 0
+                if all(fault.slot != slot for fault in faults):
+                    faults.append(Fault(slot, self.peer_id))
+            else:
+                self._samplers[slot].accept(token)
+            tokens.append(token)
+        return tuple(tokens)
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self._backend.close()

@@ -1,0 +1,164 @@
+"""A peer's own part in plans: told as events in, actions out."""
+
+from __future__ import annotations
+
+from peer.planning.duty import (
+    Action,
+    ConnectStage,
+    Duty,
+    EndPlan,
+    Exited,
+    Fetch,
+    Fetched,
+    Fetching,
+    Heard,
+    MemberLost,
+    Serve,
+    StartStage,
+    StopStage,
+    Tell,
+    Tick,
+    Told,
+)
+from peer.planning.plan import Plan, PlanState
+from peer.protocol import Plans, Report, StageNews
+from tests.plans import PEERS, links, plan, state
+
+PLAN = plan(4, 8, 12)
+READY = StageNews("ready", ring_port=4001, key="k" * 40)
+
+
+def heard(*states: PlanState, why_none: str = "") -> Heard:
+    return Heard(Plans(1, states, why_none))
+
+
+def make(peer: str = PEERS[1]) -> Duty:
+    return Duty(peer, publish_s=2.0)
+
+
+def reports(actions: list[Action]) -> list[Report]:
+    return [action.report for action in actions if isinstance(action, Tell)]
+
+
+def serving(machine: Duty, of: Plan = PLAN) -> list[Action]:
+    machine.step(heard(state(of)), 0)
+    machine.step(Fetched(of.id), 0)
+    machine.step(Told(of.id, READY), 0)
+    machine.step(heard(state(of, "linking")), 0)
+    machine.step(Told(of.id, StageNews("linked", ring_port=4001, key="k" * 40)), 0)
+    return machine.step(heard(state(of, "serving")), 0)
+
+
+def test_a_peer_of_the_ring_fetches_its_parts_then_starts_then_reports() -> None:
+    machine = make()
+    (fetch,) = machine.step(heard(state(PLAN)), 0)
+    assert isinstance(fetch, Fetch)
+    assert fetch.parts == ("head", "layer-004", "layer-005", "layer-006", "layer-007")
+    machine.step(Fetching(PLAN.id, 10, 100), 0)
+    actions = machine.step(Fetched(PLAN.id), 0)
+    assert [r.phase for r in reports(actions)] == ["loading"]
+    assert isinstance(actions[-1], StartStage)
+    (report,) = reports(machine.step(Told(PLAN.id, READY), 0))
+    assert (report.phase, report.ring_port, report.done_bytes) == ("ready", 4001, 10)
+
+
+def test_a_peer_outside_the_ring_fetches_only_the_head_and_serves_it() -> None:
+    machine = make(PEERS[4])
+    (fetch,) = machine.step(heard(state(PLAN)), 0)
+    assert isinstance(fetch, Fetch)
+    assert fetch.parts == ("head",)
+    assert machine.step(Fetched(PLAN.id), 0) == []
+    assert machine.step(heard(state(PLAN, "linking")), 0) == []
+    assert machine.step(heard(state(PLAN, "serving")), 0) == [Serve(PLAN, links(PLAN)[0])]
+
+
+def test_an_entry_peer_that_could_not_get_the_head_asks_again() -> None:
+    machine = make(PEERS[4])
+    machine.step(heard(state(PLAN)), 0)
+    assert machine.step(Fetched(PLAN.id, "nobody has it"), 0) == []
+    assert machine.deadline == 2.0
+    assert machine.step(Tick(), 2.0) == [Fetch(PLAN, ("head",))]
+
+
+def test_the_stage_is_connected_once_to_the_one_after_it() -> None:
+    machine = make(PEERS[2])  # the tail: the head comes after it
+    machine.step(heard(state(PLAN)), 0)
+    machine.step(Fetched(PLAN.id), 0)
+    machine.step(Told(PLAN.id, READY), 0)
+    first, _, _ = links(PLAN)
+    (connect,) = machine.step(heard(state(PLAN, "linking")), 0)
+    assert connect == ConnectStage(PLAN.id, first, "b" * 40)
+    assert machine.step(heard(state(PLAN, "linking")), 0) == []
+
+
+def test_plans_heard_again_change_nothing() -> None:
+    machine = make()
+    serving(machine)
+    assert machine.step(heard(state(PLAN, "serving")), 1) == []
+
+
+def test_a_plan_that_serves_is_opened_and_one_that_drains_is_kept_until_it_is_gone() -> None:
+    machine = make()
+    assert serving(machine) == [Serve(PLAN, links(PLAN)[0])]
+    after = plan(6, 12, number=2)
+    actions = machine.step(heard(state(PLAN, "draining"), state(after, "serving")), 3)
+    assert Serve(after, links(after)[0]) in actions
+    assert not any(isinstance(action, EndPlan | StopStage) for action in actions)
+    actions = machine.step(heard(state(after, "serving")), 4)
+    assert actions[0] == EndPlan(PLAN.id, "the plan was replaced")
+    assert actions[1] == StopStage(PLAN.id)
+
+
+def test_a_lost_peer_ends_its_plans_here_at_once_and_says_why() -> None:
+    machine = make()
+    serving(machine)
+    actions = machine.step(MemberLost(PEERS[2], "no heartbeat for 3.8 s"), 5)
+    (report,) = reports(actions)
+    assert report.phase == "failed"
+    assert any(isinstance(action, EndPlan) and "no heartbeat" in action.why for action in actions)
+    assert StopStage(PLAN.id) in actions
+    assert Serve(None) in actions
+    # The coordinator may not know yet: its repetition must not bring the plan back.
+    assert machine.step(heard(state(PLAN, "serving")), 6) == []
+
+
+def test_a_lost_peer_outside_the_ring_disturbs_nothing() -> None:
+    machine = make()
+    serving(machine)
+    assert machine.step(MemberLost(PEERS[4], "gone"), 5) == []
+
+
+def test_a_stage_that_died_is_reported_and_ends_the_answers_with_its_words() -> None:
+    machine = make()
+    serving(machine)
+    actions = machine.step(Exited(PLAN.id, "ended by SIGKILL"), 5)
+    assert reports(actions)[0].why == "ended by SIGKILL"
+    assert EndPlan(PLAN.id, "ended by SIGKILL") in actions
+
+
+def test_a_plan_that_cannot_be_is_refused_before_anything_is_loaded() -> None:
+    machine = make()
+    actions = machine.step(heard(state(plan(4, 4, 12))), 0)
+    (report,) = reports(actions)
+    assert report.phase == "failed"
+    assert "cannot be" in report.why
+    assert not any(isinstance(action, Fetch) for action in actions)
+
+
+def test_reports_are_repeated_so_that_a_lost_message_does_no_harm() -> None:
+    machine = make()
+    machine.step(heard(state(PLAN)), 0)
+    assert machine.deadline == 2.0
+    assert reports(machine.step(Tick(), 2.0))[0].phase == "fetching"
+    assert machine.deadline == 4.0
+
+
+def test_the_end_of_the_last_answer_is_told_at_once() -> None:
+    machine = make()
+    serving(machine)
+    news = StageNews("linked", ring_port=4001, key="k" * 40, active=2)
+    assert reports(machine.step(Told(PLAN.id, news), 5))[0].active == 2
+    fewer = StageNews("linked", ring_port=4001, key="k" * 40, active=1)
+    assert machine.step(Told(PLAN.id, fewer), 5) == []
+    none = StageNews("linked", ring_port=4001, key="k" * 40, active=0)
+    assert reports(machine.step(Told(PLAN.id, none), 5))[0].active == 0

@@ -1,0 +1,145 @@
+"""Frames between stages: what fits comes through unchanged, the rest is refused by name."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.base import Batch
+from peer.errors import ProtocolError, StalePlan
+from peer.planning.plan import PlanId
+from peer.protocol import Sampling
+from peer.ring.frames import (
+    Copy,
+    Fault,
+    Frame,
+    FrameHeader,
+    Open,
+    Sampled,
+    Trim,
+    decode,
+    encode_frame,
+    encode_sampled,
+    pack_index,
+    unfinite,
+)
+from tests.plans import PEERS, plan
+
+PLAN = plan(4, 8, 12)
+
+
+def batch(slots: list[int], positions: list[int]) -> Batch:
+    return Batch(
+        np.array(slots, np.int32), np.array(positions, np.int32), np.ones(len(slots), np.bool_)
+    )
+
+
+def wire(header: FrameHeader, rows: Batch, x: np.ndarray) -> list[memoryview]:
+    return [memoryview(part) for part in encode_frame(header, pack_index(rows), x)]
+
+
+def header(count: int, **changes: object) -> FrameHeader:
+    return msgspec.structs.replace(FrameHeader(PLAN.id, 1, 1, count, 8), **changes)
+
+
+GOOD = batch([0, 0, 3], [5, 6, 0])
+X = np.arange(24, dtype=np.float32).reshape(3, 8)
+
+
+def test_a_frame_comes_through_unchanged() -> None:
+    ops = (Open(3, Sampling(), b"\1\0\0\0"), Trim(0, 5), Copy(0, 3, 2))
+    sent = header(3, ops=ops, faults=(Fault(0, PEERS[0]),))
+    came = decode(wire(sent, GOOD, X), PLAN)
+    assert isinstance(came, Frame)
+    assert came.header == sent
+    assert came.x.tolist() == X.tolist()
+    assert came.batch.slots.tolist() == [0, 0, 3]
+    assert came.batch.positions.tolist() == [5, 6, 0]
+    assert came.batch.outputs.all()
+
+
+def test_sampled_tokens_come_through_unchanged() -> None:
+    sampled = Sampled(PLAN.id, 7, (1, 2), (Fault(1, PEERS[1]),))
+    assert decode([memoryview(p) for p in encode_sampled(sampled)], PLAN) == sampled
+
+
+def test_a_frame_of_another_plan_is_stale() -> None:
+    with pytest.raises(StalePlan, match=r"1\.2"):
+        decode(wire(header(3, plan=PlanId(1, 2)), GOOD, X), PLAN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "x"),
+    [
+        ({"hidden": 9}, GOOD, X),
+        ({"rows": 2}, GOOD, X),
+        ({"rows": 4}, GOOD, X),
+        ({"window": 3}, GOOD, X),
+        ({"window": 0}, GOOD, X),
+        ({"rows": 65}, GOOD, X),
+        ({}, GOOD, X[:2]),
+        ({}, batch([0, 0, 8], [5, 6, 0]), X),
+        ({}, batch([0, 0, -1], [5, 6, 0]), X),
+        ({}, batch([0, 0, 3], [5, 6, 1024]), X),
+        ({}, batch([0, 0, 3], [5, 6, -1]), X),
+        ({}, batch([0, 0, 3], [5, 7, 0]), X),
+        ({}, batch([0, 3, 0], [5, 0, 6]), X),
+        ({"ops": (Trim(8, 0),)}, GOOD, X),
+        ({"ops": (Trim(0, 1025),)}, GOOD, X),
+        ({"ops": (Copy(1, 1, 5),)}, GOOD, X),
+        ({"ops": (Open(9, Sampling()),)}, GOOD, X),
+        ({"ops": (Open(1, Sampling(), b"123"),)}, GOOD, X),
+        ({"faults": (Fault(0, "z" * 16),)}, GOOD, X),
+        ({"faults": (Fault(9, PEERS[0]),)}, GOOD, X),
+    ],
+)
+def test_a_frame_that_does_not_fit_the_plan_is_refused(
+    changes: dict[str, object], rows: Batch, x: np.ndarray
+) -> None:
+    with pytest.raises(ProtocolError):
+        decode(wire(header(3, **changes), rows, x), PLAN)
+
+
+def test_settings_out_of_range_are_refused_at_the_door() -> None:
+    raw = msgspec.to_builtins(header(3, ops=(Open(1, Sampling()),)))
+    raw["ops"][0]["sampling"] = {"temperature": -1}
+    parts = wire(header(3), GOOD, X)
+    parts[0] = memoryview(msgspec.msgpack.encode(raw))
+    with pytest.raises(ProtocolError, match="temperature"):
+        decode(parts, PLAN)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.binary(max_size=200), min_size=0, max_size=4))
+def test_random_bytes_are_refused(parts: list[bytes]) -> None:
+    with pytest.raises((ProtocolError, StalePlan)):
+        decode([memoryview(part) for part in parts], PLAN)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 255))
+def test_a_flipped_byte_never_does_more_than_be_refused(at: int, value: int) -> None:
+    parts = [bytearray(part) for part in wire(header(3, ops=(Trim(1, 4),)), GOOD, X)]
+    target = parts[at % 2]
+    target[at % len(target)] = value
+    try:
+        came = decode([memoryview(bytes(part)) for part in parts], PLAN)
+    except (ProtocolError, StalePlan):
+        return
+    assert isinstance(came, Frame)
+    assert came.x.shape == (3, 8)
+    assert (came.batch.slots < PLAN.split.slots).all()
+
+
+def test_rows_that_are_not_finite_are_found_by_slot_and_large_ones_are_not_blamed() -> None:
+    slots = np.array([0, 0, 3], np.int32)
+    assert unfinite(slots, X) == []
+    assert unfinite(slots, np.full((3, 8), 3e38, np.float32)) == []
+    bad = X.copy()
+    bad[2, 7] = np.nan
+    assert unfinite(slots, bad) == [3]
+    bad[0, 0] = -np.inf
+    assert unfinite(slots, bad) == [0, 3]

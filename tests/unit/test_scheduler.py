@@ -1,0 +1,224 @@
+"""The head's queue: slots, chunks, batches, ends."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from peer.protocol import Sampling
+from peer.ring.frames import Fault, Open, Trim
+from peer.ring.scheduler import (
+    Action,
+    Cancelled,
+    Deliver,
+    Lost,
+    Refuse,
+    Returned,
+    Run,
+    Scheduler,
+    Submitted,
+    Tick,
+)
+
+
+def make(slots: int = 8, context: int = 100, kv_cells: int = 400, batch: int = 16) -> Scheduler:
+    return Scheduler(slots, context, kv_cells, batch, step_s=5.0)
+
+
+def ask(key: str, length: int, tokens: int = 4, ends: tuple[int, ...] = (99,)) -> Submitted:
+    return Submitted(key, np.arange(length, dtype=np.int32), Sampling(), tokens, frozenset(ends))
+
+
+def run_of(actions: list[Action]) -> Run:
+    (run,) = [action for action in actions if isinstance(action, Run)]
+    return run
+
+
+def test_a_prompt_is_read_in_chunks_and_only_its_last_row_asks_for_a_token() -> None:
+    machine = make()
+    first = run_of(machine.step(ask("a", 40), 0))
+    assert first.positions.tolist() == list(range(16))
+    assert not first.outputs.any()
+    assert isinstance(first.ops[0], Open)
+    second = run_of(machine.step(Returned(1, ()), 0))
+    third = run_of(machine.step(Returned(2, ()), 0))
+    assert second.ids.tolist() == list(range(16, 32))
+    assert third.positions.tolist() == list(range(32, 40))
+    assert third.outputs.tolist() == [False] * 7 + [True]
+
+
+def test_decodes_go_together_in_one_batch_and_new_answers_join_between_steps() -> None:
+    machine = make()
+    machine.step(ask("a", 3), 0)
+    machine.step(ask("b", 2), 0)  # waits for the step in flight
+    run = run_of(machine.step(Returned(1, (7,)), 0))
+    # a's next token and b's whole prompt: one batch.
+    assert run.ids.tolist() == [7, 0, 1]
+    assert run.outputs.tolist() == [True, False, True]
+    run = run_of(machine.step(Returned(2, (8, 9)), 0))
+    assert run.ids.tolist() == [8, 9]
+    assert run.positions.tolist() == [4, 2]
+
+
+def test_a_long_prompt_does_not_keep_a_running_answer_from_its_next_token() -> None:
+    machine = make()
+    machine.step(ask("a", 2, tokens=50), 0)
+    machine.step(ask("long", 90), 0)
+    for step in range(1, 6):
+        actions = machine.step(Returned(step, (5,)), 0)
+        assert [a.key for a in actions if isinstance(a, Deliver)] == ["a"]
+        run = run_of(actions)
+        assert run.slots[0] == 0
+        assert len(run.ids) == 16
+
+
+def test_an_end_token_is_not_delivered_and_frees_the_slot_in_every_stage() -> None:
+    machine = make()
+    machine.step(ask("a", 3), 0)
+    actions = machine.step(Returned(1, (99,)), 0)
+    assert actions[0] == Deliver("a", 3, (), "stop")
+    assert run_of(actions).ops == (Trim(0, 0),)
+    assert machine.active == 0
+
+
+def test_the_answer_ends_with_length_at_its_limit_and_at_the_context() -> None:
+    machine = make()
+    machine.step(ask("a", 3, tokens=2), 0)
+    assert Deliver("a", 3, (5,)) in machine.step(Returned(1, (5,)), 0)
+    assert Deliver("a", 4, (6,), "length") in machine.step(Returned(2, (6,)), 0)
+    machine.step(Returned(3, ()), 0)
+    machine.step(ask("b", 98, tokens=1000), 0)
+    for step in range(4, 10):  # six chunks of 16, none of them the last
+        assert not any(isinstance(a, Deliver) for a in machine.step(Returned(step, ()), 0))
+    assert Deliver("b", 98, (1,)) in machine.step(Returned(10, (1,)), 0)
+    assert Deliver("b", 99, (1,), "length") in machine.step(Returned(11, (1,)), 0)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_by_name() -> None:
+    (refuse,) = make().step(ask("a", 100), 0)
+    assert isinstance(refuse, Refuse)
+    assert refuse.code == "invalid"
+    assert "100" in refuse.why
+
+
+def test_a_cancelled_answer_stops_within_a_step_and_its_token_in_flight_is_dropped() -> None:
+    machine = make()
+    machine.step(ask("a", 3), 0)
+    assert machine.step(Cancelled("a"), 0) == []
+    actions = machine.step(Returned(1, (5,)), 0)
+    assert not any(isinstance(action, Deliver) for action in actions)
+    assert run_of(actions).ops == (Trim(0, 0),)
+    assert run_of(actions).ids.size == 0
+
+
+def test_a_slot_taken_again_does_not_receive_its_forerunners_token() -> None:
+    machine = make(slots=1)
+    machine.step(ask("a", 3), 0)
+    machine.step(ask("b", 2), 0)
+    machine.step(Cancelled("a"), 0)
+    actions = machine.step(Returned(1, (5,)), 0)
+    assert not any(isinstance(action, Deliver) for action in actions)
+    run = run_of(actions)
+    assert run.ops[0] == Trim(0, 0)
+    assert isinstance(run.ops[1], Open)
+    assert run.ids.tolist() == [0, 1]
+
+
+def test_answers_wait_until_the_cells_they_may_need_are_free() -> None:
+    machine = make(kv_cells=100)
+    machine.step(ask("a", 10, tokens=50), 0)
+    machine.step(ask("b", 10, tokens=50), 0)
+    run = run_of(machine.step(Returned(1, (5,)), 0))
+    assert set(run.slots.tolist()) == {0}
+    run = run_of(machine.step(Returned(2, (99,)), 0))
+    assert run.ids.tolist() == list(range(10))
+
+
+def test_a_fault_ends_only_the_answer_it_touches_and_names_the_peer() -> None:
+    machine = make()
+    machine.step(ask("a", 2), 0)
+    machine.step(ask("b", 2), 0)
+    machine.step(Returned(1, (5,)), 0)
+    actions = machine.step(Returned(2, (6, 7), (Fault(0, "q" * 16),)), 0)
+    refused = [action for action in actions if isinstance(action, Refuse)]
+    assert [r.key for r in refused] == ["a"]
+    assert "q" * 16 in refused[0].why
+    assert Deliver("b", 2, (7,)) in actions
+
+
+def test_a_step_that_does_not_return_ends_every_answer_with_a_reason() -> None:
+    machine = make()
+    machine.step(ask("a", 2), 0)
+    machine.step(ask("b", 2), 1)
+    assert machine.step(Tick(), 4.9) == []
+    actions = machine.step(Tick(), 5.0)
+    assert [type(action) for action in actions] == [Refuse, Refuse, Lost]
+
+
+def test_a_result_of_an_old_step_changes_nothing() -> None:
+    machine = make()
+    machine.step(ask("a", 2), 0)
+    machine.step(Returned(1, (5,)), 0)
+    assert machine.step(Returned(1, (6,)), 0) == []
+
+
+class Ring:
+    """Plays the stages: keeps each slot's length, and checks every row against it."""
+
+    def __init__(self, machine: Scheduler) -> None:
+        self.machine = machine
+        self.pending: Run | None = None
+        self.filled = dict.fromkeys(range(machine.slots), 0)
+        self.ended: set[str] = set()
+
+    def take(self, event: Submitted | Cancelled | Returned) -> None:
+        for action in self.machine.step(event, 0.0):
+            if isinstance(action, Run):
+                self.run(action)
+            elif isinstance(action, Refuse) or (isinstance(action, Deliver) and action.finish):
+                self.ended.add(str(action.key))
+
+    def run(self, run: Run) -> None:
+        assert self.pending is None, "two steps in flight"
+        self.pending = run
+        assert len(run.ids) <= self.machine.batch_tokens
+        for op in run.ops:
+            if isinstance(op, Trim):
+                self.filled[op.slot] = op.position
+        for slot, position in zip(run.slots.tolist(), run.positions.tolist(), strict=True):
+            assert self.filled[slot] == position
+            self.filled[slot] += 1
+        assert sum(self.filled.values()) <= self.machine.kv_cells
+
+    def answer(self, draw: random.Random, choices: tuple[int, ...]) -> None:
+        assert self.pending is not None
+        run, self.pending = self.pending, None
+        tokens = tuple(draw.choice(choices) for _ in range(int(run.outputs.sum())))
+        self.take(Returned(run.step, tokens))
+
+
+def test_whatever_happens_rows_are_right_and_all_slots_come_back() -> None:
+    """Random answers, cancels and ends: each slot's rows continue where they stopped."""
+    for seed in range(200):
+        draw = random.Random(seed)
+        ring = Ring(make(slots=3, context=60, kv_cells=120, batch=8))
+        asked: list[str] = []
+        for turn in range(200):
+            choice = draw.random()
+            if choice < 0.15:
+                asked.append(f"r{turn}")
+                ring.take(ask(asked[-1], draw.randint(1, 59), draw.randint(1, 20)))
+            elif choice < 0.2 and set(asked) - ring.ended:
+                key = draw.choice(sorted(set(asked) - ring.ended))
+                ring.ended.add(key)
+                ring.take(Cancelled(key))
+            elif ring.pending is not None:
+                ring.answer(draw, (1, 2, 99))
+        for _ in range(2000):
+            if ring.pending is None:
+                break
+            ring.answer(draw, (99,))
+        assert set(asked) == ring.ended, f"seed {seed}"
+        assert ring.machine.active == 0, f"seed {seed}"
+        assert not any(ring.filled.values()), f"seed {seed}"
