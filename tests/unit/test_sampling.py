@@ -35,6 +35,9 @@ SETTINGS = {
     "top_p, then min_p": Sampling(top_k=0, top_p=0.9, min_p=0.1),
     "repeat": Sampling(repeat_penalty=1.7, top_k=100, top_p=1, min_p=0),
     "repeat below one": Sampling(repeat_penalty=0.5, top_k=100, top_p=1, min_p=0),
+    "repeat, all candidates": Sampling(
+        repeat_penalty=1.7, top_k=0, top_p=1, min_p=0, temperature=3
+    ),
     "frequency": Sampling(frequency_penalty=1.3, top_k=100, top_p=1, min_p=0),
     "presence": Sampling(presence_penalty=-2.5, top_k=100, top_p=1, min_p=0),
     "all penalties, last 10": Sampling(
