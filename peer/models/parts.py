@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
 from backends.base import Cuts, Header, Recipe, TensorFact
 from peer.errors import GGUFError, ModelError, PartError
 from peer.models import disk, gguf
@@ -94,9 +96,13 @@ def place(
         path = main.write(into / f"window-{first:03d}-{last:03d}.gguf", len(splits) + 1, total)
         for place_no, part in enumerate(splits, start=1):
             layer = first + place_no - 1
+            renamed = [
+                msgspec.structs.replace(t, name=recipe.rename.get(t.name, t.name))
+                for t in part.tensors
+            ]
             header = part_header(
                 manifest.architecture,
-                part.tensors,
+                renamed,
                 part.header_bytes,
                 renumber=(layer, layer - first) if layer < last else None,
                 split=(place_no, len(splits) + 1, total),
