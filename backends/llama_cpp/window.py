@@ -1,0 +1,265 @@
+"""One window of layers in libllama: its model, its context, and the steps that it runs.
+
+One context a window, with `kv_unified`: with one KV cache for all sequences libllama runs a batch
+of several sequences as it was given, which is what makes split and whole agree. Flash attention
+is left at libllama's default (auto) in every window, as one llama.cpp process has it; the KV cache
+is float16 and holds all positions of sliding layers too (`swa_full`), because a trimmed slot must
+find again what it had before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import BackendFault, Batch, Footprint, Settings, Window
+from backends.llama_cpp.embedding import Embedding
+from backends.llama_cpp.library import Library
+from backends.llama_cpp.rules import Scaling
+from backends.llama_cpp.tap import Tap
+
+_ROPE_WITH_SECTIONS = (8, 40)  # llama.h: LLAMA_ROPE_TYPE_MROPE, _IMROPE: four positions a token
+_FAILURES = {
+    1: ("memory", "the KV cache has no room for this batch"),
+    2: ("failed", "the computation was aborted"),
+    -1: ("refused", "libllama refused the batch"),
+}
+
+
+class LoadedWindow:
+    """Owns one model and one context; `close` frees both."""
+
+    def __init__(
+        self, library: Library, settings: Settings, window: Window, scaling: Scaling
+    ) -> None:
+        self._library, self._llama = library, library.llama
+        self._settings, self._scaling = settings, scaling
+        self._first, self._last = window.is_first, window.is_last
+        self._model: Any = None
+        self._context: Any = None
+        self._tap: Tap | None = None
+        self._embedding: Embedding | None = None
+        library.journal.begin()
+        try:
+            self._load(window)
+            self._open(window)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, window: Window) -> None:
+        params = self._llama.llama_model_default_params()
+        params.load_mode = self._llama.LLAMA_LOAD_MODE_MMAP
+        params.use_extra_bufts = False  # repacked weights are private memory, mapped ones are not
+        offload = self._llama.llama_supports_gpu_offload()
+        params.n_gpu_layers = self._settings.gpu_layers if offload else 0
+        paths = (ctypes.c_char_p * len(window.files))(*map(os.fsencode, window.files))
+        self._model = self._llama.llama_model_load_from_splits(paths, len(window.files), params)
+        if not self._model:
+            raise BackendFault(
+                f"layers {window.first} to {window.last} cannot be loaded: "
+                f"{self._library.journal.cause()}"
+            )
+        layers = self._llama.llama_model_n_layer(self._model)
+        if layers != window.last - window.first:
+            raise BackendFault(
+                f"the window's files hold {layers} layers instead of "
+                f"{window.last - window.first}: place the model's parts again"
+            )
+        self.hidden: int = self._llama.llama_model_n_embd(self._model)
+        if self._llama.llama_model_n_embd_inp(self._model) != self.hidden and not self._native:
+            raise BackendFault("this model wants more than hidden states between layers", "refused")
+
+    def _open(self, window: Window) -> None:
+        llama, settings = self._llama, self._settings
+        params = llama.llama_context_default_params()
+        params.n_ctx = settings.kv_cells
+        params.n_batch = params.n_ubatch = settings.batch_tokens
+        params.n_seq_max = settings.slots
+        params.n_threads = params.n_threads_batch = settings.threads
+        params.kv_unified = True
+        params.swa_full = True
+        params.no_perf = True
+        if not self._last:
+            self._tap = Tap(
+                self._library, window.last - window.first, self.hidden, settings.batch_tokens
+            )
+            params.cb_eval = self._tap.callback
+        self._context = llama.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise BackendFault(
+                f"no room for a KV cache of {settings.kv_cells} tokens and batches of "
+                f"{settings.batch_tokens}: {self._library.journal.cause()}",
+                "memory",
+            )
+        self._memory = llama.llama_get_memory(self._context)
+        if not self._memory:
+            raise BackendFault(
+                "this model has no memory of earlier tokens (it is no model that writes text "
+                "token by token)",
+                "refused",
+            )
+        if llama.llama_n_ubatch(self._context) < min(settings.batch_tokens, settings.kv_cells):
+            raise BackendFault(f"libllama allows no batch of {settings.batch_tokens} tokens")
+        self._one_sequence = llama.llama_model_is_recurrent(
+            self._model
+        ) or llama.llama_model_is_hybrid(self._model)
+        self._planes = 4 if llama.llama_model_rope_type(self._model) in _ROPE_WITH_SECTIONS else 1
+        self._vocabulary: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+        if window.embed is not None and not self._native:
+            self._embedding = Embedding(self._library, window.embed, self.hidden)
+        elif self._first and not self._native:
+            raise BackendFault("the first window came without the file of its token embedding")
+        self._allocate(settings.batch_tokens)
+
+    @property
+    def _native(self) -> bool:
+        """The whole model in one window: libllama takes token ids."""
+        return self._first and self._last
+
+    def _allocate(self, rows: int) -> None:
+        """The arrays of a batch, once: a step only fills them."""
+        self._positions = np.zeros(4 * rows, dtype=np.int32)
+        self._sequences = np.zeros(rows, dtype=np.int32)
+        self._counts = np.ones(rows, dtype=np.int32)
+        self._wanted = np.zeros(rows, dtype=np.int8)
+        self._input = np.zeros((rows, self.hidden), dtype=np.float32)
+        address = self._sequences.ctypes.data
+        self._pointers = np.arange(address, address + 4 * rows, 4, dtype=np.uint64)
+        batch = self._llama.llama_batch()
+        fields: dict[str, Any] = dict(self._llama.llama_batch._fields_)
+
+        def pointer(field: str, array: NDArray[Any]) -> None:
+            setattr(batch, field, ctypes.cast(array.ctypes.data, fields[field]))
+
+        pointer("pos", self._positions)
+        pointer("n_seq_id", self._counts)
+        pointer("seq_id", self._pointers)
+        pointer("logits", self._wanted)
+        self._ids = np.zeros(rows, dtype=np.int32)
+        if self._native:
+            pointer("token", self._ids)
+        else:
+            pointer("embd", self._input)
+        self._batch = batch
+
+    @property
+    def footprint(self) -> Footprint:
+        """Bytes really used, as libllama reported them while this window was loaded."""
+        journal = self._library.journal
+        return Footprint(
+            weights_bytes=self._llama.llama_model_size(self._model),
+            kv_bytes=journal.kv_bytes,
+            compute_bytes=sum(journal.compute_bytes.values()),
+        )
+
+    def run(self, batch: Batch, x: NDArray[Any]) -> NDArray[np.float32]:
+        """See Backend.run."""
+        tokens = len(batch.slots)
+        if tokens > self._settings.batch_tokens:
+            raise BackendFault(
+                f"{tokens} tokens in a batch of at most {self._settings.batch_tokens}", "refused"
+            )
+        shape = (tokens,) if self._first else (tokens, self.hidden)
+        if x.shape != shape or len(batch.positions) != tokens or len(batch.outputs) != tokens:
+            raise BackendFault(f"the window's input has shape {x.shape}, not {shape}", "refused")
+        if tokens == 0:
+            return np.empty((0, self._vocabulary if self._last else self.hidden), np.float32)
+        if not self._one_sequence:
+            return self._step(batch.slots, batch.positions, batch.outputs, x)
+        # Recurrent layers are always computed sequence by sequence, in an order of libllama's own.
+        edges = [0, *(np.flatnonzero(np.diff(batch.slots)) + 1).tolist(), tokens]
+        runs = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        if len(runs) == 1:
+            return self._step(batch.slots, batch.positions, batch.outputs, x)
+        steps = [
+            self._step(batch.slots[r], batch.positions[r], batch.outputs[r], x[r]).copy()
+            for r in runs
+        ]
+        return np.concatenate(steps)
+
+    def _step(
+        self,
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        outputs: NDArray[np.bool_],
+        x: NDArray[Any],
+    ) -> NDArray[np.float32]:
+        """One llama_decode."""
+        tokens = len(slots)
+        self._fill_input(tokens, x)
+        self._sequences[:tokens] = slots
+        self._positions[:tokens] = positions
+        if self._planes == 4 and not self._native:  # p, p, p, 0: what libllama gives token ids
+            planes = self._positions[: 4 * tokens].reshape(4, tokens)
+            planes[1:3] = positions
+            planes[3] = 0
+        # A window that is not the last owes every row; its last layer drops those not wanted.
+        self._wanted[:tokens] = outputs if self._last else 1
+        self._batch.n_tokens = tokens
+        self._library.journal.complaints.clear()
+        if self._tap is not None:
+            self._tap.begin()
+        code = self._llama.llama_decode(self._context, self._batch)
+        if code != 0:
+            kind, why = _FAILURES.get(code, ("failed", f"the computation failed (code {code})"))
+            raise BackendFault(f"{why}: {self._library.journal.cause()}", kind)
+        if self._tap is not None:
+            return self._tap.take(tokens, len(np.unique(slots)))
+        return self._logits(int(np.count_nonzero(outputs)))
+
+    def _fill_input(self, tokens: int, x: NDArray[Any]) -> None:
+        if self._native:
+            self._ids[:tokens] = x
+        elif self._embedding is not None:
+            rows = self._embedding.rows(x, self._input)
+            if self._scaling.tokens != 1.0:
+                rows *= np.float32(self._scaling.tokens)
+        elif self._scaling.hidden != 1.0:
+            np.divide(x, np.float32(self._scaling.hidden), out=self._input[:tokens])
+        else:
+            self._input[:tokens] = x
+
+    def _logits(self, rows: int) -> NDArray[np.float32]:
+        """[rows, vocabulary], in the order of the batch's rows with outputs; libllama's memory."""
+        if rows == 0:
+            return np.empty((0, self._vocabulary), dtype=np.float32)
+        address = self._llama.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(address, shape=(rows, self._vocabulary))
+
+    def trim(self, slot: int, position: int) -> None:
+        """See Backend.trim."""
+        if not self._llama.llama_memory_seq_rm(self._memory, slot, position, -1):
+            raise BackendFault(
+                f"recurrent layers cannot go back to position {position}: "
+                f"trim the slot to 0 and run its tokens again",
+                "refused",
+            )
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See Backend.copy."""
+        self.trim(target, 0)
+        if length == 0:
+            return
+        held = self._llama.llama_memory_seq_pos_max(self._memory, source) + 1
+        if held < length or (self._one_sequence and held != length):
+            raise BackendFault(
+                f"{length} positions of a slot cannot be copied: it holds {held}"
+                f"{' and recurrent layers know only all of them' if held >= length else ''}",
+                "refused",
+            )
+        self._llama.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def close(self) -> None:
+        """Free the context, then the model. May be called again."""
+        if self._context:
+            self._llama.llama_free(self._context)
+            self._context = None
+        if self._model:
+            self._llama.llama_model_free(self._model)
+            self._model = None
