@@ -31,7 +31,16 @@ from peer.models.manifest import (
 )
 from peer.planning.profile import ModelShape
 
-__all__ = ["Placed", "hold", "import_gguf", "load_header", "place", "read_head", "shape_of"]
+__all__ = [
+    "Placed",
+    "check_head",
+    "hold",
+    "import_gguf",
+    "load_header",
+    "place",
+    "read_head",
+    "shape_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +67,23 @@ def load_header(folder: Path, manifest: Manifest | None = None) -> Header:
 def read_head(folder: Path, manifest: Manifest) -> GGUF:
     """head.gguf, checked against the manifest. Raises ModelError where they contradict."""
     part = manifest.part("head")
-    path = folder / part.file
     _require(folder, [part])
+    return check_head(folder / part.file, manifest)
+
+
+def check_head(path: Path, manifest: Manifest) -> GGUF:
+    """The file's header, if it can be the head.gguf of this manifest. Raises ModelError."""
     head = gguf.read(path)
-    found = [(t.name, t.type, t.shape, t.offset, t.size) for t in head.tensors]
-    stated = [(t.name, t.type, t.shape, t.offset, t.size) for t in part.tensors]
     header = head.header()
-    if (header.architecture, header.layers, found) != (
-        manifest.architecture,
-        manifest.layers,
-        stated,
-    ):
-        raise PartError(f"{path} is not what the manifest says; remove {folder} and pull it again")
+    found = [(t.name, t.type, t.shape, t.offset, t.size) for t in head.tensors]
+    tensors = manifest.part("head").tensors
+    stated = [(t.name, t.type, t.shape, t.offset, t.size) for t in tensors]
+    names = (manifest.architecture, manifest.layers)
+    if (header.architecture, header.layers) != names or found != stated:
+        raise PartError(
+            f"{path} is not what the model's manifest says; remove {path.parent} and pull the "
+            "model again"
+        )
     return head
 
 
