@@ -139,6 +139,18 @@ class Store:
                 self.take_in(temporary, manifest, pulled_s)
         return self.manifest(digest)
 
+    def renew(self, digest: str) -> bool:
+        """Say that a complete model was pulled now. False where it is not here in full."""
+        try:
+            if not self.stored(digest).complete:
+                return False
+        except PartError:
+            return False
+        path = self.folder(digest) / "manifest.json"
+        with disk.clear_errors(path):
+            os.utime(path)
+        return True
+
     @contextmanager
     def incoming(self) -> Iterator[Path]:
         """A temporary folder in the store, removed at the end unless it was taken in."""
