@@ -7,12 +7,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
 import pytest
-from blockbuster import BlockBuster, blockbuster_ctx
 
 from peer.errors import ModelError, RequestError
 from peer.models import text
@@ -20,12 +18,6 @@ from peer.models.text import Text
 
 BOS, EOS = 256, 257
 PLAIN = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-
-
-@pytest.fixture(autouse=True)
-def unblocked() -> Iterator[BlockBuster]:
-    with blockbuster_ctx("peer") as blocked:
-        yield blocked
 
 
 def head(folder: Path, template: str | None = PLAIN) -> Path:

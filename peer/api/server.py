@@ -1,0 +1,201 @@
+"""The HTTP endpoint of a peer: its socket, its routes, and every request's outermost handler."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import socket
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from peer import VERSION
+from peer.api import guard
+from peer.api.limits import Limits
+from peer.api.openai import OpenAI
+from peer.api.service import Service
+from peer.api.shapes import Problem, json_response, problem_of
+from peer.api.sse import EVENTS
+from peer.errors import ConfigError, HalkaError, NoPlan
+
+log = logging.getLogger("halka.api")
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """Listens until `close`. host, port: where, really."""
+
+    def __init__(self, service: Service, limits: Limits) -> None:
+        self.host, self.port = "", 0
+        self._service, self._limits = service, limits
+        self._names: frozenset[str] = frozenset()
+        self._openai = OpenAI(service, limits)
+        application = web.Application(
+            client_max_size=limits.body_bytes, middlewares=[self._outermost]
+        )
+        application.add_routes(self._openai.routes())
+        application.add_routes(
+            [
+                web.get("/", self._root),
+                web.get("/health", self._health),
+                web.get("/halka/status", self._status),
+                web.get("/halka/plan", self._plan),
+            ]
+        )
+        # A client that leaves must end its answer at once, streamed or not.
+        self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=1.0)
+        self._listener: asyncio.Server | None = None
+
+    @classmethod
+    async def start(
+        cls, service: Service, host: str, port: int, limits: Limits | None = None
+    ) -> Server:
+        """Listen on host:port (0: chosen by the system).
+
+        Raises: ConfigError, when the address is taken, is not ours or is not a loopback one.
+        """
+        server = cls(service, limits or Limits())
+        listening = _listen(host, port)
+        await server._runner.setup()
+        assert server._runner.server is not None
+        own = socket.gethostname().lower()
+        server._names = frozenset({own, f"{own}.local", host.lower()})
+        loop = asyncio.get_running_loop()
+        factory = guard.door(server._runner.server, server._limits)
+        server._listener = await loop.create_server(factory, sock=listening)
+        server.host, server.port = listening.getsockname()[:2]
+        log.info("http listening url=%s", server.url)
+        return server
+
+    @property
+    def url(self) -> str:
+        """http://host:port"""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    async def close(self) -> None:
+        """Stop listening; answers that still run after a second are cut off, visibly."""
+        if self._listener is not None:
+            self._listener.close()
+        await self._runner.cleanup()
+
+    @web.middleware
+    async def _outermost(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Lets in, times, and answers whatever goes wrong in the shape that clients know."""
+        connection = request.protocol
+        assert isinstance(connection, guard.Connection)
+        connection.begun()
+        try:
+            guard.check_caller(request, self._names)
+            return await handler(request)
+        except HalkaError as error:
+            return problem_of(error).response()
+        except web.HTTPException as error:
+            return _http_problem(request, error)
+        except ConnectionError:
+            return _opened(request) or web.Response()  # nobody is there to read it
+        except Exception as error:  # noqa: BLE001 (the outermost handler of the API)
+            log.error("request broke path=%s because=%s", request.path[:200], _where(error))
+            problem = Problem(500, "halka made a mistake; its log says where", "server_error")
+            if (response := _opened(request)) is None:
+                return problem.response()
+            await request[EVENTS].fail(problem)
+            return response
+        finally:
+            connection.ended()
+
+    async def _root(self, request: web.Request) -> web.Response:
+        page = {
+            "name": "halka",
+            "version": VERSION,
+            "api": f"{self.url}/v1",
+            "models": [model.id for model in self._service.models()],
+            "paths": ["/v1/chat/completions", "/v1/completions", "/v1/models", "/health",
+                      "/halka/status", "/halka/plan"],
+        }  # fmt: skip
+        return _plain(page)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        models = self._service.models()
+        if any(model.ready for model in models):
+            return _plain({"status": "ok"})
+        why = next((m.why for m in models if m.why), "no model is served. Look: halka status")
+        return _plain({"status": "degraded", "why": why}, 503)
+
+    async def _status(self, request: web.Request) -> web.Response:
+        return _plain(self._service.status())
+
+    async def _plan(self, request: web.Request) -> web.Response:
+        plan = self._service.plan()
+        if plan is None:
+            whys = [model.why for model in self._service.models() if model.why]
+            raise NoPlan(". ".join(["there is no plan yet", *whys]))
+        return _plain(plan)
+
+
+def _plain(value: Any, status: int = 200) -> web.Response:
+    return json_response(msgspec.json.encode(value), status)
+
+
+def _opened(request: web.Request) -> web.StreamResponse | None:
+    """The stream that the request has already begun to get."""
+    events = request.get(EVENTS)
+    return events.response if events is not None and events.opened else None
+
+
+def _http_problem(request: web.Request, error: web.HTTPException) -> web.Response:
+    """aiohttp's own refusals (404, 405, 413, …) in our shape."""
+    message = error.reason
+    if error.status == 404:
+        message = f"there is nothing at {request.path[:200]}; the API begins at /v1"
+    elif error.status == 405:
+        message = f"{request.path[:200]} does not take {request.method}"
+    response = Problem(error.status, message, "invalid_request_error").response()
+    if allowed := error.headers.get("Allow"):
+        response.headers["Allow"] = allowed
+    return response
+
+
+def _where(error: Exception) -> str:
+    """The error's type and the way to it, without its text: that may hold a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    way = " < ".join(f"{f.filename}:{f.lineno} {f.name}" for f in reversed(frames))
+    return f"{type(error).__name__} at {way}"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError."""
+    address = "127.0.0.1" if host == "localhost" else host
+    try:
+        loopback = ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        raise ConfigError(
+            f"HALKA_HTTP={host}:{port}: `{host}` is not an address; use 127.0.0.1:{port}"
+        ) from None
+    if not loopback:
+        raise ConfigError(
+            f"HALKA_HTTP={host}:{port}: HTTP has no key yet, so it listens on this machine only; "
+            f"use 127.0.0.1:{port}"
+        )
+    listening = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setblocking(False)
+        listening.bind((address, port))
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} is taken by another program. Give halka another one: "
+                f"HALKA_HTTP={address}:{port + 1 if port < 65535 else port - 1}"
+            ) from None
+        raise ConfigError(
+            f"HALKA_HTTP={host}:{port}: cannot listen there: {error.strerror}"
+        ) from None
+    return listening
