@@ -131,13 +131,14 @@ class Entry:
             del self._answers[request]
 
     async def _next(self, request: str, answer: _Answer) -> Give | Fail:
-        while True:
+        while answer.queue.empty():
             deadline = answer.machine.deadline
             wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 return await asyncio.wait_for(answer.queue.get(), wait_s)
             except TimeoutError:
                 self._take(request, Tick())
+        return answer.queue.get_nowait()  # `wait_for` of nothing left would not even look
 
     def _take(self, request: str, event: Event) -> None:
         answer = self._answers.get(request)

@@ -77,7 +77,8 @@ class Head:
         ids = np.frombuffer(message.ids, np.int32) if len(message.ids) % 4 == 0 else None
         if message.plan != self.plan.id:
             why = f"plan {message.plan} is over, {self.plan.id} is served here"
-            self._perform(schedule.Refuse(key, "stale", why))
+            # In the name of the plan that was asked for: an answer takes word of no other.
+            self._reply(key, lambda request: Unanswered(request, message.plan, "stale", why))
         elif ids is None or (len(ids) and int(ids.min()) < 0):
             self._perform(schedule.Refuse(key, "invalid", "the prompt's token ids are malformed"))
         else:

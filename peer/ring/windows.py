@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Backend, Batch, Engine, Footprint, Settings, Window
-from peer.models import parts as model_parts
+from peer.models.manifest import load as load_manifest
+from peer.models.parts import hold, load_header, place
 from peer.planning.plan import Plan
 from peer.ring.frames import Copy, Fault, Open, Trim
 from peer.ring.sampling import Sampler
@@ -38,14 +39,18 @@ class Windows:
 
     def load(self, folder: Path) -> Footprint:
         """Place the parts of every window and load them."""
-        header = model_parts.load_header(folder)
-        manifest = model_parts.load_manifest(folder)
+        manifest = load_manifest(folder)
+        header = load_header(folder, manifest)
         weights = kv = compute = 0
         for index in self.mine:
             first, last = self.plan.split.windows[index].first, self.plan.split.windows[index].last
             recipe = self._engine.recipe(header, first, last)
-            with TemporaryDirectory(prefix=f"window-{first}-{last}-", dir=folder) as into:
-                placed = model_parts.place(folder, manifest, recipe, first, last, Path(into))
+            # Headers are read at load only: another stage may rewrite them right after.
+            with (
+                hold(folder),
+                TemporaryDirectory(prefix=f"window-{first}-{last}-", dir=folder) as into,
+            ):
+                placed = place(folder, manifest, recipe, first, last, Path(into))
                 window = Window(first, last, header.layers, header, placed.files, placed.embed)
                 used = self._backend.load(window)
             self._windows[index] = window

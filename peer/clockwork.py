@@ -1,0 +1,55 @@
+"""Small pieces between pure machines and the loop: an alarm, and a queue of events in one order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+
+class Alarm:
+    """Calls `ring` once when its time comes. Times are the loop's, which are `time.monotonic`'s."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._ring = ring
+        self._handle: asyncio.TimerHandle | None = None
+        self._at: float | None = None
+
+    def set(self, at: float | None) -> None:
+        """Ring at this time and no other; None: not at all."""
+        if at == self._at and at is not None:
+            return
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        self._at = at
+        if at is not None:
+            self._handle = asyncio.get_running_loop().call_at(at, self._due)
+
+    def _due(self) -> None:
+        self._handle = self._at = None
+        self._ring()
+
+
+class Turns:
+    """Runs calls one after another: what a call asks for runs after it, never inside it.
+
+    Two machines that answer each other's actions would else be stepped in the middle of a step.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[Callable[[], None]] = deque()
+        self._running = False
+
+    def take(self, call: Callable[[], None]) -> None:
+        """Run the call now, or after those that are under way."""
+        self._calls.append(call)
+        if self._running:
+            return
+        self._running = True
+        try:
+            while self._calls:
+                self._calls.popleft()()
+        finally:
+            self._calls.clear()
+            self._running = False

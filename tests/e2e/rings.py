@@ -1,0 +1,134 @@
+"""A ring of real stage processes on loopback, without agents: plan, stages, links, entry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import zmq
+
+from peer.models.manifest import Manifest
+from peer.models.parts import shape_of
+from peer.models.store import Store
+from peer.planning.plan import Plan, PlanId, PlanState, PlanWindow, Split, StageLink
+from peer.protocol import Sampling, StageConnect, StageNews
+from peer.ring.entry import Entry
+from peer.ring.supervisor import Supervisor
+from tests.plans import PEERS
+
+
+def plan_of(
+    store: Store, manifest: Manifest, bounds: Sequence[int], backend: str, **changes: int
+) -> Plan:
+    """A plan for a stored model, cut at the bounds; round after round over as many peers."""
+    import backends
+
+    engine = backends.load(backend)
+    shape = shape_of(store.folder(manifest.digest), engine.cuts, engine.kv_bytes_per_cell)
+    peers = changes.pop("peers", len(bounds) + 1)
+    edges = (0, *bounds, shape.layers)
+    windows = tuple(
+        PlanWindow(PEERS[i % peers], edges[i], edges[i + 1], backend, gpu_layers=0)
+        for i in range(len(edges) - 1)
+    )
+    values = {"context": 2048, "kv_cells": 4096, "slots": 8, "batch_tokens": 512} | changes
+    return Plan(PlanId(1, 1), PEERS[0], shape, Split(windows, **values))  # type: ignore[arg-type]
+
+
+class Ring:
+    """The stages of one plan, each told of by its own supervisor, and an entry to its head."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.news: dict[str, StageNews] = {}
+        self.exits: dict[str, str] = {}
+        self.changed = asyncio.Event()
+        self.supervisors = {peer: self._supervisor(peer) for peer in plan.ring}
+        public, secret = zmq.curve_keypair()
+        self.key = public.decode()
+        self.entry = Entry(public, secret, silence_s=20.0)
+
+    def _supervisor(self, peer: str) -> Supervisor:
+        def told(plan: PlanId, news: StageNews) -> None:
+            self.news[peer] = news
+            self.changed.set()
+
+        def exited(plan: PlanId, why: str) -> None:
+            self.exits[peer] = why
+            self.entry.end(plan, why)
+            self.changed.set()
+
+        return Supervisor(told, exited)
+
+    async def until(self, *phases: str) -> None:
+        """Wait until every stage is in one of the phases."""
+        while not all(self.news.get(p) and self.news[p].phase in phases for p in self.plan.ring):
+            assert not self.exits, self.exits
+            self.changed.clear()
+            await asyncio.wait_for(self.changed.wait(), 60)
+
+    async def idle(self) -> None:
+        """Wait until the head says that no answer runs."""
+        while self.news[self.plan.head].active:
+            self.changed.clear()
+            await asyncio.wait_for(self.changed.wait(), 20)
+
+    async def start(self, folder: Path, threads: int = 1) -> None:
+        """Load and link."""
+        for peer, supervisor in self.supervisors.items():
+            await supervisor.start(
+                PlanState(self.plan, "loading"), peer, folder,
+                threads=threads, step_s=20.0, bind="127.0.0.1", admitted=(self.key,),
+            )  # fmt: skip
+        await self.until("ready")
+        ring = self.plan.ring
+        for i, peer in enumerate(ring):
+            after = self.news[ring[(i + 1) % len(ring)]]
+            self.supervisors[peer].send(
+                self.plan.id,
+                StageConnect(
+                    f"tcp://127.0.0.1:{after.ring_port}", after.key, self.news[ring[i - 1]].key
+                ),
+            )
+        await self.until("linked")
+        head = self.news[self.plan.head]
+        self.entry.open(self.plan.id, f"tcp://127.0.0.1:{head.submit_port}", head.key)
+        self.entry.serve(self.plan.id)
+
+    def link(self, peer: str) -> StageLink:
+        """Where a stage listens."""
+        news = self.news[peer]
+        return StageLink(peer, news.ring_port, news.key, news.submit_port)
+
+    async def tokens(
+        self,
+        ids: Sequence[int],
+        count: int,
+        sampling: Sampling | None = None,
+        ends: tuple[int, ...] = (),
+    ) -> list[int]:
+        """The whole answer; greedy unless told otherwise."""
+        chosen = sampling or Sampling(temperature=0.0)
+        found: list[int] = []
+        async for given in self.entry.answer(tuple(ids), chosen, count, ends):
+            found += given.ids
+        return found
+
+    async def close(self) -> None:
+        """End everything."""
+        await self.entry.close()
+        for supervisor in self.supervisors.values():
+            await supervisor.close()
+
+
+@asynccontextmanager
+async def running(plan: Plan, folder: Path, threads: int = 1) -> AsyncIterator[Ring]:
+    """A ring that is linked, and gone afterwards."""
+    ring = Ring(plan)
+    try:
+        await ring.start(folder, threads)
+        yield ring
+    finally:
+        await ring.close()
