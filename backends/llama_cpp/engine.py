@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from backends.base import BackendFault, Batch, Device, Footprint, Settings, Slot, Window
 from backends.llama_cpp.library import library
-from backends.llama_cpp.rules import cuts, scaling
+from backends.llama_cpp.rules import cuts
 from backends.llama_cpp.window import LoadedWindow
 
 _KINDS = {"CUDA": "cuda", "ROCm": "rocm", "MTL": "metal", "Metal": "metal", "Vulkan": "vulkan"}
@@ -33,7 +33,7 @@ class LlamaBackend:
         place = (window.first, window.last)
         if place in self._windows:
             raise BackendFault(f"layers {window.first} to {window.last} are loaded already")
-        loaded = LoadedWindow(self._library, self._settings, window, scaling(window.header))
+        loaded = LoadedWindow(self._library, self._settings, window)
         self._windows[place] = loaded
         return loaded.footprint
 

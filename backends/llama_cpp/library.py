@@ -29,6 +29,7 @@ _GGML: dict[str, tuple[Any, list[Any]]] = {
     "ggml_nbytes": (_SIZE_T, [_POINTER]),
     "ggml_is_contiguous": (ctypes.c_bool, [_POINTER]),
     "ggml_backend_tensor_get": (None, [_POINTER, _POINTER, _SIZE_T, _SIZE_T]),
+    "ggml_backend_tensor_set": (None, [_POINTER, _POINTER, _SIZE_T, _SIZE_T]),
     "ggml_get_type_traits": (_POINTER, [ctypes.c_int]),
     "ggml_row_size": (_SIZE_T, [ctypes.c_int, ctypes.c_int64]),
     "ggml_backend_dev_count": (_SIZE_T, []),

@@ -27,7 +27,7 @@ class Scale(Enum):
 
     NONE = 0
     KEY = 1  # any input, by `embedding_scale`: later windows write 0, which switches it off
-    ROOT = 2  # any input, by √hidden, hard-coded: later windows divide before they begin
+    ROOT = 2  # any input, by √hidden, hard-coded: later windows overwrite the product
     ROOT_TOKENS = 3  # token ids only, by √hidden: a first window fed with embeddings multiplies
 
 
@@ -144,6 +144,7 @@ def _starts(header: Header, period: int, sizes: frozenset[int]) -> tuple[int, ..
     """Multiples of the period, thinned out until no two edges are `sizes` layers apart."""
     for step in range(1, 9):
         starts = [s for s in range(0, header.layers, period * step) if _may_begin(header, s)]
+        starts = [s for s in starts if s == 0 or header.layers - s not in sizes]
         edges = [*starts, header.layers]
         apart = {b - a for a in edges for b in edges if b > a and b - a != header.layers}
         if not apart & sizes:
@@ -246,21 +247,18 @@ def _unlisted_indexers(header: Header) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """Factors that the engine applies. tokens: to looked-up embeddings. hidden: divides input."""
-
-    tokens: float = 1.0
-    hidden: float = 1.0
-
-
-def scaling(header: Header) -> Scaling:
-    """The factors of a model's windows, as float32 (llama.cpp's own precision)."""
+def token_scale(header: Header) -> float:
+    """The factor for embeddings that a first window is fed with (float32, as llama.cpp's)."""
     rule = TABLE.get(header.architecture, Rule())
-    root = float(np.float32(math.sqrt(number(header, "embedding_length"))))
-    if rule.scale is Scale.ROOT:
-        return Scaling(hidden=root)
-    return Scaling(tokens=root) if rule.scale is Scale.ROOT_TOKENS else Scaling()
+    if rule.scale is not Scale.ROOT_TOKENS:
+        return 1.0
+    return float(np.float32(math.sqrt(number(header, "embedding_length"))))
+
+
+def overwritten(header: Header, first: int) -> str:
+    """The tensor of the window's graph that must be overwritten with its input, or ""."""
+    rule = TABLE.get(header.architecture, Rule())
+    return "inp_scaled" if first > 0 and rule.scale is Scale.ROOT else ""
 
 
 _EXACT = Rule()  # exact at any cut
@@ -276,10 +274,10 @@ TABLE: dict[str, Rule] = {
     # Exact at any cut.
     **_each("arcee arctic chatglm deepseek deepseek32 ernie4_5 exaone falcon falcon-h1", _EXACT),
     **_each("grovemoe hunyuan-dense hunyuan-moe hy_v3 jais2 llama maincoder mamba mamba2", _EXACT),
-    **_each("mistral3 mistral4 olmo openelm pangu-embedded phi3 phimoe pockettts qwen2", _EXACT),
+    **_each("mistral3 mistral4 olmo openelm pangu-embedded phi3 pockettts qwen2", _EXACT),
     **_each("qwen3 qwen3moe refact seed_oss starcoder2", _EXACT),
     **_each("bailingmoe bailingmoe2 codeshell dbrx dots1 gptneox internlm2 jais minimax-m2", _HEAD),
-    **_each("nemotron olmoe orion phi2 plamo qwen qwen2moe stablelm xverse", _HEAD),
+    **_each("nemotron olmoe orion phi2 phimoe plamo qwen qwen2moe stablelm xverse", _HEAD),
     # M-RoPE: the engine asks libllama for the rope type and gives four positions a token.
     **_each("glm4 glm4moe hunyuan_vl paddleocr qwen2vl qwen3vl qwen3vlmoe", _EXACT),
     # … unless llama.cpp reads more than the layers' number out of it.

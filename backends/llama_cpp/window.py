@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from backends.base import BackendFault, Batch, Footprint, Settings, Window
 from backends.llama_cpp.embedding import Embedding
 from backends.llama_cpp.library import Library
-from backends.llama_cpp.rules import Scaling
+from backends.llama_cpp.rules import overwritten, token_scale
 from backends.llama_cpp.tap import Tap
 
 _ROPE_WITH_SECTIONS = (8, 40)  # llama.h: LLAMA_ROPE_TYPE_MROPE, _IMROPE: four positions a token
@@ -34,11 +34,10 @@ _FAILURES = {
 class LoadedWindow:
     """Owns one model and one context; `close` frees both."""
 
-    def __init__(
-        self, library: Library, settings: Settings, window: Window, scaling: Scaling
-    ) -> None:
+    def __init__(self, library: Library, settings: Settings, window: Window) -> None:
         self._library, self._llama = library, library.llama
-        self._settings, self._scaling = settings, scaling
+        self._settings = settings
+        self._token_scale = np.float32(token_scale(window.header))
         self._first, self._last = window.is_first, window.is_last
         self._model: Any = None
         self._context: Any = None
@@ -85,10 +84,10 @@ class LoadedWindow:
         params.kv_unified = True
         params.swa_full = True
         params.no_perf = True
-        if not self._last:
-            self._tap = Tap(
-                self._library, window.last - window.first, self.hidden, settings.batch_tokens
-            )
+        layers = 0 if self._last else window.last - window.first
+        name = overwritten(window.header, window.first)
+        if layers or name:
+            self._tap = Tap(self._library, layers, self.hidden, settings.batch_tokens, name)
             params.cb_eval = self._tap.callback
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
@@ -204,13 +203,15 @@ class LoadedWindow:
         self._batch.n_tokens = tokens
         self._library.journal.complaints.clear()
         if self._tap is not None:
-            self._tap.begin()
+            self._tap.begin(self._input[:tokens])
         code = self._llama.llama_decode(self._context, self._batch)
         if code != 0:
             kind, why = _FAILURES.get(code, ("failed", f"the computation failed (code {code})"))
             raise BackendFault(f"{why}: {self._library.journal.cause()}", kind)
         if self._tap is not None:
-            return self._tap.take(tokens, len(np.unique(slots)))
+            rows = self._tap.end(len(np.unique(slots)))
+            if not self._last:
+                return rows
         return self._logits(int(np.count_nonzero(outputs)))
 
     def _fill_input(self, tokens: int, x: NDArray[Any]) -> None:
@@ -218,10 +219,8 @@ class LoadedWindow:
             self._ids[:tokens] = x
         elif self._embedding is not None:
             rows = self._embedding.rows(x, self._input)
-            if self._scaling.tokens != 1.0:
-                rows *= np.float32(self._scaling.tokens)
-        elif self._scaling.hidden != 1.0:
-            np.divide(x, np.float32(self._scaling.hidden), out=self._input[:tokens])
+            if self._token_scale != 1:
+                rows *= self._token_scale
         else:
             self._input[:tokens] = x
 
