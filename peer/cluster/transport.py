@@ -1,0 +1,529 @@
+"""Links between agents: one ROUTER that others dial, one DEALER for each peer that we dialled.
+
+CURVE on every socket. Who a message is from is what the link's key proves (ZAP's User-Id), never
+what the message says. A link works both ways whoever dialled it, and however many connections
+there are to one peer they are one link: it is up while any of them is. What is malformed,
+oversized, early or from nobody is dropped, counted and said in the log, not too often.
+
+Routing ids are random for each dial: nobody can guess another's and take its place (ROUTER_HANDOVER
+is for our own reconnects). Multipart messages of more than the expected frames are dropped; libzmq
+holds a message whole before we see it, and bounds only its single frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
+
+from peer.cluster import addresses
+from peer.cluster.admission import may_connect
+from peer.cluster.complaints import Complaints
+from peer.cluster.identity import peer_id_of
+from peer.errors import ProtocolError
+from peer.protocol import (
+    MESSAGE_BYTES_MAX,
+    Control,
+    Goodbye,
+    Hello,
+    Message,
+    Refused,
+    Welcome,
+    decode_control,
+    encode,
+)
+
+log = logging.getLogger("halka.cluster")
+
+DOMAIN = b"halka"  # of ZAP; must be the same on the socket and in the handler's mind
+QUEUE_MESSAGES = 256  # for each link and direction; beyond it messages are dropped, not stored
+YIELD_EVERY = 32  # messages; awaiting what is there already would never let others run
+INCOMING_MAX = 2  # connections from one peer that are kept; an older one was replaced
+FAREWELL_MS = 300  # for a goodbye to leave; a peer that takes longer misses it and hears silence
+_ENDED = (
+    zmq.Event.DISCONNECTED
+    | zmq.Event.CLOSED
+    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_AUTH
+)
+
+
+# What the transport tells ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """A connection agreed with hello and welcome. dialled: the address, where we dialled."""
+
+    peer_id: str
+    key: str
+    hello: Hello | Welcome
+    host: str
+    dialled: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unlinked:
+    """The last connection with the peer is gone."""
+
+    peer_id: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotReached:
+    """A dial came to nothing. refused: it answered, and does not want us."""
+
+    peer_id: str
+    why: str
+    refused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """A refusal, by us or by them, for people. host: where the other one is."""
+
+    peer_id: str
+    host: str
+    refusal: Refused
+    by_us: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message on an agreed link."""
+
+    peer_id: str
+    message: Control
+
+
+Event = Linked | Unlinked | NotReached | Turned | Received
+
+
+@dataclass(slots=True, eq=False)
+class _Path:
+    """One connection with a peer."""
+
+    peer_id: str
+    key: str
+    host: str
+    socket: Any  # our DEALER, or the ROUTER
+    dialled: str = ""  # the address; "" where the peer dialled
+    routing_id: bytes = b""  # the peer's at our ROUTER, where it dialled
+    fd: int = -1
+    up: bool = False
+    incarnation: int = -1
+    task: asyncio.Task[None] | None = None
+
+
+class Transport:
+    """All links of one agent. `start`, then `run` in a task; calls are from the loop's thread.
+
+    tell: takes every Event. introduce: our Hello of now. judge: None, or why a peer that said hello
+    must not come in.
+    """
+
+    def __init__(
+        self,
+        public: str,
+        secret: str,
+        *,
+        tell: Callable[[Event], None],
+        introduce: Callable[[], Hello],
+        judge: Callable[[Hello | Welcome, str], Refused | None],
+        complaints: Complaints,
+    ) -> None:
+        self._public, self._secret = public, secret
+        self._tell, self._introduce, self._judge = tell, introduce, judge
+        self._complaints = complaints
+        self._context = zmq.asyncio.Context()
+        self._router: Any = None
+        self._bound: dict[str, str] = {}  # host → endpoint
+        self._links: dict[str, list[_Path]] = {}  # up, best first
+        self._dials: dict[str, _Path] = {}  # by peer id, also those not yet up
+        self._incoming: dict[bytes, _Path] = {}
+        self._strangers: dict[int, str] = {}  # fd → host, until the connection proves itself
+        self._tasks: asyncio.TaskGroup | None = None
+        self.port = 0
+
+    # Life -----------------------------------------------------------------------------------------
+
+    def start(self, hosts: Sequence[str], port: int) -> None:
+        """Listen on these addresses, all on one port (0: the system chooses). Raises OSError."""
+        self._zap = self._context.socket(zmq.REP)
+        self._zap.bind("inproc://zeromq.zap.01")  # before any socket that it guards
+        self._router = self._new_socket(zmq.ROUTER)
+        self._router.curve_server = True
+        self._router.curve_secretkey = self._secret.encode()
+        self._router.router_mandatory = True
+        self._router.router_handover = True
+        self._monitor = self._router.get_monitor_socket(zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED)
+        for host in hosts:
+            self._bind(host, self.port or port)
+
+    def listen(self, hosts: Sequence[str]) -> list[str]:
+        """Follow the machine's addresses. Returns what could not be bound, as sentences."""
+        problems = []
+        for host in set(self._bound) - set(hosts):
+            with contextlib.suppress(zmq.ZMQError):
+                self._router.unbind(self._bound[host])
+            del self._bound[host]
+        for host in hosts:
+            if host not in self._bound:
+                try:
+                    self._bind(host, self.port)
+                except OSError as error:
+                    problems.append(f"cannot listen on {host} port {self.port}: {error.strerror}")
+        return problems
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where others can dial this peer."""
+        return tuple(addresses.write(host, self.port) for host in self._bound)
+
+    async def run(self) -> None:
+        """Serve all links until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                tasks.create_task(self._answer_zap())
+                tasks.create_task(self._read_router())
+                tasks.create_task(self._watch_router())
+        finally:
+            self._tasks = None
+            self._context.destroy(linger=0)
+
+    async def farewell(self, why: str) -> None:
+        """Say goodbye on every link and give it a moment to leave. `run` is cancelled next."""
+        for peer_id in list(self._links):
+            self.send(peer_id, Goodbye(why=why))
+        sockets = [self._router, *(path.socket for path in self._dials.values())]
+        tasks = [path.task for path in self._dials.values() if path.task is not None]
+        self._links.clear()
+        self._dials.clear()
+        self._incoming.clear()
+        for task in tasks:
+            task.cancel()
+        for each in sockets:
+            each.setsockopt(zmq.LINGER, FAREWELL_MS)
+        self._router.disable_monitor()
+        for each in sockets:
+            each.close()
+        await asyncio.sleep(FAREWELL_MS / 3000)  # libzmq's own thread sends meanwhile
+
+    def close(self) -> None:
+        """Free the sockets where `run` was never reached."""
+        self._context.destroy(linger=0)
+
+    # Links ----------------------------------------------------------------------------------------
+
+    def dial(self, peer_id: str, key: str, address: str) -> None:
+        """Connect and say hello. Ends in Linked or NotReached, unless taken back."""
+        if self._tasks is None:
+            return
+        self.give_up(peer_id)
+        dealer = self._new_socket(zmq.DEALER)
+        dealer.setsockopt(zmq.ROUTING_ID, secrets.token_bytes(16))
+        dealer.setsockopt(zmq.RECONNECT_IVL, -1)  # membership decides when to dial again
+        dealer.setsockopt(zmq.IMMEDIATE, 1)
+        dealer.curve_serverkey = key.encode()
+        dealer.curve_publickey = self._public.encode()
+        dealer.curve_secretkey = self._secret.encode()
+        host, _ = addresses.read(address)
+        path = _Path(peer_id, key, str(host), dealer, dialled=address)
+        self._dials[peer_id] = path
+        path.task = self._tasks.create_task(self._run_dial(path))
+
+    def give_up(self, peer_id: str) -> None:
+        """Close the dialled connection if it is not up yet."""
+        path = self._dials.get(peer_id)
+        if path is not None and not path.up:
+            self._forget(path)
+
+    def hang_up(self, peer_id: str) -> None:
+        """Close every connection with the peer; nothing is told."""
+        for path in [*self._links.pop(peer_id, ()), self._dials.get(peer_id)]:
+            if path is not None:
+                self._forget(path)
+
+    def send(self, peer_id: str, message: Message) -> bool:
+        """Hand a message to the link. False: there is none, or its queue is full."""
+        data = encode(message)
+        if len(data) > MESSAGE_BYTES_MAX:
+            raise ProtocolError(f"a message of {len(data)} bytes is more than peers accept")
+        return any(self._send(path, data) for path in tuple(self._links.get(peer_id, ())))
+
+    def host_of(self, peer_id: str) -> str | None:
+        """The host by which the peer is reached now."""
+        paths = self._links.get(peer_id)
+        return paths[0].host if paths else None
+
+    # Inside ---------------------------------------------------------------------------------------
+
+    def _new_socket(self, kind: int) -> Any:
+        made = self._context.socket(kind)
+        made.linger = 0
+        made.maxmsgsize = MESSAGE_BYTES_MAX
+        made.sndhwm = made.rcvhwm = QUEUE_MESSAGES
+        made.zap_domain = DOMAIN
+        made.handshake_ivl = 3000
+        # A stopped process or a silent wire is noticed in 3.5 s at most, by libzmq's own thread.
+        made.heartbeat_ivl, made.heartbeat_timeout, made.heartbeat_ttl = 1000, 2500, 2500
+        made.tcp_keepalive, made.tcp_keepalive_idle = 1, 30
+        made.ipv6 = True
+        return made
+
+    def _bind(self, host: str, port: int) -> None:
+        self._router.ipv6 = ":" in host
+        try:
+            self._router.bind(f"{_place(host)}:{port or '*'}")
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"{host} port {port}: {error.strerror}") from None
+        endpoint = self._router.last_endpoint.decode().rstrip("\0")
+        self._bound[host] = endpoint
+        self.port = int(endpoint.rpartition(":")[2])
+
+    def _send(self, path: _Path, data: bytes) -> bool:
+        frames = [data] if path.dialled else [path.routing_id, data]
+        try:
+            error = path.socket.send_multipart(frames, flags=zmq.DONTWAIT).exception()
+        except zmq.ZMQError as closed:
+            error = closed
+        if error is not None and not isinstance(error, zmq.Again):
+            self._drop(path, "its connection is gone")
+        return error is None
+
+    def _up(self, path: _Path, hello: Hello | Welcome) -> None:
+        """The connection agreed: it is (part of) the link from now on."""
+        path.up, path.incarnation = True, hello.incarnation
+        paths = self._links.setdefault(path.peer_id, [])
+        for other in [p for p in paths if p.incarnation != path.incarnation]:
+            paths.remove(other)  # of a run of that peer that is over
+            self._forget(other)
+        paths.append(path)
+        paths.sort(key=lambda p: not p.dialled)  # ours first: we see it break at once
+        theirs = [p for p in paths if not p.dialled]
+        for other in theirs[:-INCOMING_MAX]:
+            paths.remove(other)
+            self._forget(other)
+        log.debug("= link peer=%s host=%s dialled=%s", path.peer_id, path.host, bool(path.dialled))
+        self._tell(Linked(path.peer_id, path.key, hello, path.host, path.dialled))
+
+    def _drop(self, path: _Path, why: str, *, refused: bool = False) -> None:
+        """A connection is over; tell what that means."""
+        current = path is self._dials.get(path.peer_id) or path in self._links.get(path.peer_id, ())
+        self._forget(path)
+        paths = self._links.get(path.peer_id, [])
+        if path in paths:
+            paths.remove(path)
+            if not paths:
+                del self._links[path.peer_id]
+                self._tell(Unlinked(path.peer_id, why))
+        elif current:
+            self._tell(NotReached(path.peer_id, why, refused))
+
+    def _forget(self, path: _Path) -> None:
+        if path.dialled:
+            if self._dials.get(path.peer_id) is path:
+                del self._dials[path.peer_id]
+            if path.task is not None:
+                path.task.cancel()
+        else:
+            self._incoming.pop(path.routing_id, None)
+
+    # Dialled connections --------------------------------------------------------------------------
+
+    async def _run_dial(self, path: _Path) -> None:
+        assert self._tasks is not None
+        monitor = path.socket.get_monitor_socket(_ENDED | zmq.Event.HANDSHAKE_SUCCEEDED)
+        reader = self._tasks.create_task(self._read_dealer(path))
+        try:
+            path.socket.connect(path.dialled)
+            self._drop(path, await self._watch_dial(path, monitor))
+        except zmq.ZMQError as error:  # connect: no such interface, no more sockets
+            self._drop(path, str(error))
+        finally:
+            reader.cancel()
+            if not path.socket.closed:
+                path.socket.disable_monitor()
+                path.socket.close()
+            monitor.close(0)
+
+    async def _watch_dial(self, path: _Path, monitor: Any) -> str:
+        """Say hello when the connection stands; return why it ended."""
+        while True:
+            event = parse_monitor_message(await monitor.recv_multipart())["event"]
+            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                path.socket.send(encode(self._introduce()), flags=zmq.DONTWAIT).exception()
+            elif event == zmq.Event.CLOSED:
+                return "nobody answers there"
+            elif event == zmq.Event.DISCONNECTED:
+                return "the connection broke"
+            elif event == zmq.Event.HANDSHAKE_FAILED_AUTH:
+                return "it does not admit this peer's key"
+            else:
+                return "it does not hold the key that it was announced with"
+
+    async def _read_dealer(self, path: _Path) -> None:
+        count = 0
+        while True:
+            frames = await path.socket.recv_multipart()
+            count += 1
+            if count % YIELD_EVERY == 0:
+                await asyncio.sleep(0)
+            message = self._decode(frames, path.peer_id, path.host)
+            if message is None:
+                continue
+            if path.up:
+                self._take(path, message)
+            elif isinstance(message, Welcome):
+                self._welcomed(path, message)
+            elif isinstance(message, Refused):
+                self._tell(Turned(path.peer_id, path.host, message, by_us=False))
+                self._drop(path, message.why, refused=True)
+            else:
+                self._complaints.note(f"{path.peer_id}@{path.host}", "message before welcome")
+
+    def _welcomed(self, path: _Path, welcome: Welcome) -> None:
+        refusal = self._judge(welcome, path.key)
+        if refusal is None:
+            self._up(path, welcome)
+            return
+        self._tell(Turned(path.peer_id, path.host, refusal, by_us=True))
+        self._drop(path, refusal.why, refused=True)
+
+    # Connections of those who dialled us ----------------------------------------------------------
+
+    async def _answer_zap(self) -> None:
+        """Name the key of every connection; libzmq has proved it and asks whether to go on."""
+        while True:
+            frames = await self._zap.recv_multipart()
+            if len(frames) != 7 or frames[5] != b"CURVE" or frames[2] != DOMAIN:
+                head, key = frames[:2] if len(frames) > 1 else [b"1.0", b""], ""
+            else:
+                head, key = frames[:2], z85.encode(frames[6]).decode()
+            good = bool(key) and may_connect(key, self._public)
+            status = [b"200", b"OK"] if good else [b"400", b"not admitted"]
+            await self._zap.send_multipart([*head, *status, key.encode(), b""])
+
+    async def _read_router(self) -> None:
+        count = 0
+        while True:
+            frames = await self._router.recv_multipart(copy=False)
+            count += 1
+            if count % YIELD_EVERY == 0:
+                await asyncio.sleep(0)
+            last = frames[-1]
+            try:
+                key, host, fd = last.get("User-Id"), last.get("Peer-Address"), last.get("__fd")
+            except zmq.ZMQError:
+                self._complaints.note("somebody", "message without a key")
+                continue
+            host = host.removeprefix("::ffff:")
+            self._strangers.pop(int(fd), None)
+            peer_id = peer_id_of(key)
+            message = self._decode([frame.bytes for frame in frames[1:]], peer_id, host)
+            if message is None:
+                continue
+            path = self._incoming.get(frames[0].bytes)
+            if path is not None and path.key != key:
+                self._complaints.note(f"{peer_id}@{host}", "message on another peer's link")
+            elif isinstance(message, Hello):
+                new = _Path(peer_id, key, host, self._router, "", frames[0].bytes, int(fd))
+                self._greet(new, message)
+            elif path is not None:
+                self._take(path, message)
+            elif not isinstance(message, Goodbye):
+                # It takes for a link what we forgot. Told so, it dials again.
+                self._send_to(frames[0].bytes, Goodbye(why="no hello was said on this link"))
+                self._complaints.note(f"{peer_id}@{host}", "message before hello")
+
+    def _greet(self, path: _Path, hello: Hello) -> None:
+        refusal = self._judge(hello, path.key)
+        if refusal is not None:
+            self._send_to(path.routing_id, refusal)
+            self._tell(Turned(path.peer_id, path.host, refusal, by_us=True))
+            return
+        mine = self._introduce()
+        welcome = Welcome(**{name: getattr(mine, name) for name in Welcome.__struct_fields__})
+        if not self._send_to(path.routing_id, welcome):
+            return
+        known = self._incoming.get(path.routing_id)
+        if known is not None and known.incarnation == hello.incarnation:
+            return  # said twice
+        self._incoming[path.routing_id] = path
+        self._up(path, hello)
+
+    async def _watch_router(self) -> None:
+        while True:
+            event = parse_monitor_message(await self._monitor.recv_multipart())
+            fd = int(event["value"])
+            if event["event"] == zmq.Event.ACCEPTED:
+                self._strangers[fd] = _remote_host(fd)
+                continue
+            if (host := self._strangers.pop(fd, None)) is not None:
+                self._complaints.note(host, "connection that spoke no halka")
+            for path in [p for p in self._incoming.values() if p.fd == fd]:
+                await self._probe(path)
+
+    async def _probe(self, path: _Path) -> None:
+        """Whether the connection is really gone: its number may be another's already.
+
+        The ROUTER knows a moment after the monitor tells: it refuses what is sent there. The hello
+        that it is tried with says nothing new, and who gets it after all drops it.
+        """
+        for wait_s in (0.0, 0.02, 0.2):
+            await asyncio.sleep(wait_s)
+            if path.routing_id not in self._incoming:
+                return
+            if not self._send_to(path.routing_id, self._introduce()):
+                self._drop(path, "the connection broke")
+                return
+
+    def _send_to(self, routing_id: bytes, message: Message) -> bool:
+        """Whether the connection took it."""
+        sent = self._router.send_multipart([routing_id, encode(message)], flags=zmq.DONTWAIT)
+        error = sent.exception()
+        return error is None or isinstance(error, zmq.Again)
+
+    # Both -----------------------------------------------------------------------------------------
+
+    def _decode(self, frames: Sequence[bytes], peer_id: str, host: str) -> Control | None:
+        if len(frames) != 1:
+            self._complaints.note(f"{peer_id}@{host}", "message of several frames")
+            return None
+        try:
+            return decode_control(frames[0])
+        except ProtocolError as error:
+            self._complaints.note(f"{peer_id}@{host}", "malformed message", str(error))
+            return None
+
+    def _take(self, path: _Path, message: Control) -> None:
+        if isinstance(message, Hello | Welcome | Refused):
+            return  # said twice, or a probe
+        self._tell(Received(path.peer_id, message))
+
+
+def _place(host: str) -> str:
+    return f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
+
+
+def _remote_host(fd: int) -> str:
+    """Who is at the other end, for the log. The number may be closed already."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as copy:
+            return str(copy.getpeername()[0])
+    except OSError:
+        return "somebody"
