@@ -365,9 +365,10 @@ def header_bytes(
     infos: list[bytes] = []
     offset = 0
     for name, shape, type_name in tensors:
+        size = tensor_bytes(type_name, shape)
         sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
         infos.append(_string(name) + sizes + struct.pack("<IQ", TYPES[type_name][0], offset))
-        offset += aligned(tensor_bytes(type_name, shape))
+        offset += aligned(size)
     if pad_to:
         bare = 24 + sum(map(len, keys)) + sum(map(len, infos))
         empty = _string("halka.padding") + _encoded("", Value("string", ""))

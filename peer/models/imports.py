@@ -21,6 +21,7 @@ from peer.models import disk, gguf
 from peer.models.gguf import GGUF, TensorInfo, Value
 from peer.models.manifest import (
     FORMAT,
+    REGION_BYTES,
     Architecture,
     Manifest,
     PartEntry,
@@ -58,6 +59,7 @@ class _Source:
     stem: str
     architecture: str
     layers: int
+    header_bytes: int
     metadata: dict[str, Value]
     tensors: tuple[_Tensor, ...]
 
@@ -72,8 +74,7 @@ def import_gguf(path: Path, store: Store, progress: Progress | None = None) -> M
     groups = _grouped(source)
     total = sum(t.info.size for t in source.tensors)
     with store.incoming() as folder:
-        # 1 %: headers and padding; head.gguf holds the metadata.
-        disk.require(folder, total + total // 100 + (1 << 20))
+        disk.require(store.root, total + source.header_bytes + 2 * REGION_BYTES * len(groups))
         copied = _Copied(total, progress or (lambda done, of: None))
         parts = [_write_head(folder, source, groups.pop("head", ()), copied)]
         for name in sorted(groups, key=_rank):
@@ -115,7 +116,7 @@ def _read(path: Path) -> _Source:
     stem = path.name.removesuffix(".gguf")
     if split := _SPLIT_NAME.fullmatch(stem):
         stem = split[1]
-    return _Source(stem, architecture, layers, metadata, tensors)
+    return _Source(stem, architecture, layers, first.data_offset, metadata, tensors)
 
 
 def _architecture(path: Path, text: str) -> str:

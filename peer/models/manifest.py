@@ -204,8 +204,6 @@ def _wrong_layout(manifest: Manifest, part: PartEntry) -> str:
     is_head = part.name == "head"
     if not part.tensors and not is_head:
         return "it has no tensors"
-    if part.header_bytes != (0 if is_head else region_bytes(manifest.architecture, part.tensors)):
-        return f"its header cannot have {part.header_bytes} bytes"
     reached = part.tensors[0].offset if is_head and part.tensors else 0
     for tensor in part.tensors:
         if tensor.size != gguf.tensor_bytes(tensor.type, tensor.shape):
@@ -217,6 +215,9 @@ def _wrong_layout(manifest: Manifest, part: PartEntry) -> str:
         return f"its data should have {reached} bytes, not {part.data_bytes}"
     if is_head and not part.tensors and part.data_bytes > gguf.HEADER_BYTES_MAX:
         return f"a header of {part.data_bytes} bytes"
+    # Last, because making the header needs types, shapes and offsets that are possible.
+    if part.header_bytes != (0 if is_head else region_bytes(manifest.architecture, part.tensors)):
+        return f"its header cannot have {part.header_bytes} bytes"
     return ""
 
 
