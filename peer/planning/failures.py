@@ -1,0 +1,88 @@
+"""Which peers failed with which model, and until when plans for it do without them. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+RETRY_S = (1.0, 4.0, 15.0)  # after the first, second and third failure
+BARRED_S = 600.0  # after one more; also how long a failure is remembered
+
+
+@dataclass(slots=True)
+class _Failed:
+    count: int
+    last: float
+    until: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Blame:
+    """A failure that may turn out to be the loss of another peer of the same ring."""
+
+    peer_id: str
+    digest: str
+    ring: frozenset[str]
+    at: float
+
+
+@dataclass(slots=True)
+class Failures:
+    """The memory of failed stages. doubt_s: how long a failure may still be another peer's loss."""
+
+    doubt_s: float
+    _failed: dict[tuple[str, str], _Failed] = field(default_factory=dict)
+    _blames: list[_Blame] = field(default_factory=list)
+
+    def blame(self, peer_id: str, digest: str, ring: Iterable[str], why: str, now: float) -> None:
+        """Note a failure. Plans for this model do without the peer for a while."""
+        old = self._failed.get((peer_id, digest))
+        count = old.count + 1 if old and now - old.last < BARRED_S else 1
+        wait_s = RETRY_S[count - 1] if count <= len(RETRY_S) else BARRED_S
+        if count > len(RETRY_S):
+            why += f" ({count} times; it is tried again {BARRED_S / 60:.0f} minutes after the last)"
+        self._failed[peer_id, digest] = _Failed(count, now, now + wait_s, why)
+        self._blames = [b for b in self._blames if now - b.at <= self.doubt_s]
+        self._blames.append(_Blame(peer_id, digest, frozenset(ring), now))
+
+    def forgive(self, lost: frozenset[str], now: float) -> None:
+        """These peers were lost: whatever failed just before in a ring with one of them, failed
+        because of that."""
+        for blame in [b for b in self._blames if b.ring & lost and now - b.at <= self.doubt_s]:
+            self._blames.remove(blame)
+            failed = self._failed.get((blame.peer_id, blame.digest))
+            if failed is None or blame.peer_id in lost:
+                continue
+            failed.count, failed.until = failed.count - 1, -math.inf
+            if not failed.count:
+                del self._failed[blame.peer_id, blame.digest]
+
+    def forget(self, peer_id: str) -> None:
+        """The peer is another one now: it left, or what it has or can do has changed."""
+        for key in [key for key in self._failed if key[0] == peer_id]:
+            del self._failed[key]
+
+    def barred(self, digest: str) -> dict[str, str]:
+        """Peers that plans for this model do without for now, each with the reason."""
+        return {
+            peer_id: failed.why
+            for (peer_id, model), failed in sorted(self._failed.items())
+            if model == digest and failed.until > -math.inf
+        }
+
+    def expire(self, now: float) -> None:
+        """Let those whose time is over try again."""
+        for key, failed in list(self._failed.items()):
+            if failed.until <= now:
+                failed.until = -math.inf
+                if failed.count > len(RETRY_S) or now - failed.last >= BARRED_S:
+                    del self._failed[key]
+
+    @property
+    def deadline(self) -> float:
+        """When `expire` has something to do, inf: not."""
+        return min(
+            (f.until for f in self._failed.values() if f.until > -math.inf), default=math.inf
+        )

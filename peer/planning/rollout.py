@@ -1,0 +1,390 @@
+"""The coordinator's plans, from the first idea to the last answer. Pure.
+
+Profiles and offers come in, a plan is made when they have been quiet for a while, and it goes
+through its phases as its peers report: loading, linking, serving, draining. What was served goes on
+serving until the next plan can. A plan that one of its own peers left or failed is over at once.
+Nothing here is stored: a new coordinator adopts the plan that it last heard of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from peer.config import Timing
+from peer.errors import NoPlan
+from peer.planning.choice import Choice, choose
+from peer.planning.failures import RETRY_S, Failures
+from peer.planning.plan import LeftOut, Plan, PlanId, PlanState, Split, check
+from peer.planning.profile import ModelOffer, ModelShape, Profile
+from peer.planning.running import Running, is_same
+from peer.planning.split import solve
+from peer.protocol import Plans, Report
+
+_DRAINING_MAX = 4  # plans that wait for their last answers; a Plans message holds 8 states
+_NEVER = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Who is here (this peer among them), and what they told of themselves so far."""
+
+    present: frozenset[str]
+    profiles: Mapping[str, Profile]
+    offers: Mapping[str, Sequence[ModelOffer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A peer's report on its part of a plan."""
+
+    peer_id: str
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Elected:
+    """This peer coordinates now. known: the plans last heard from whoever did before."""
+
+    term: int
+    known: tuple[PlanState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Deposed:
+    """Another peer coordinates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+Event = Members | Reported | Elected | Deposed | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Tell every peer, this one too."""
+
+    plans: Plans
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A line for the log: what was decided, and why."""
+
+    text: str
+
+
+Action = Publish | Note
+
+
+class Rollout:
+    """The machine. One for a peer's lifetime; it works while this peer coordinates."""
+
+    def __init__(self, me: str, timing: Timing) -> None:
+        self._me, self._timing = me, timing
+        self._members = Members(frozenset(), {}, {})
+        self._choice = Choice(None)
+        self._failures = Failures(doubt_s=2 * timing.silence_s)
+        self._begin(None, ())
+
+    def _begin(self, term: int | None, known: tuple[PlanState, ...]) -> None:
+        self._term = term
+        self._known = known  # plans that may still be adopted
+        self._number = max((s.plan.id.number for s in known if s.plan.id.term == term), default=0)
+        self._running: dict[PlanId, Running] = {}
+        self._adopted: PlanId | None = None
+        self._decided = False  # nothing is published before the first decision of a term
+        self._why_none = ""
+        self._cause = "a new coordinator"
+        self._seen: object = None  # what a plan depends on
+        self._planned: object = None  # the same when the last plan was made
+        self._quiet_at = self._publish_at = _NEVER
+        self._published: Plans | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        """When a Tick is wanted, None: whenever."""
+        if self._term is None:
+            return None
+        limits = [
+            at for running in self._running.values() for at, _ in running.limits(self._timing)
+        ]
+        at = min([self._quiet_at, self._publish_at, self._failures.deadline, *limits])
+        return at if at < _NEVER else None
+
+    @property
+    def states(self) -> tuple[PlanState, ...]:
+        """The plans of now, oldest first; () where this peer does not coordinate."""
+        return tuple(self._running[plan_id].state for plan_id in sorted(self._running))
+
+    def step(self, event: Event, now: float) -> list[Action]:
+        """Take one event in; what is to be done comes out."""
+        notes: list[Note] = []
+        match event:
+            case Elected(term, known):
+                self._begin(term, known)
+                notes += self._adopt(now)
+            case Deposed():
+                self._begin(None, ())
+            case Members():
+                notes += self._take_members(event, now)
+            case Reported(peer_id, report):
+                notes += self._take_report(peer_id, report, now)
+            case Tick():
+                pass
+        if self._term is None:
+            return []
+        notes += self._expire(now)
+        self._watch(now)
+        if now >= self._quiet_at:
+            notes += self._decide(now)
+        return [*notes, *self._publish(now)]
+
+    # Members ----------------------------------------------------------------------------------
+
+    def _take_members(self, members: Members, now: float) -> list[Note]:
+        before, self._members = self._members, members
+        me = members.profiles.get(self._me)
+        self._choice = choose(
+            {p: offers for p, offers in members.offers.items() if p in members.present},
+            me.model_wanted if me else "",
+        )
+        for peer_id in before.present:
+            if _nature(before, peer_id) != _nature(members, peer_id):
+                self._failures.forget(peer_id)
+        if lost := before.present - members.present:
+            self._failures.forgive(lost, now)
+        notes = []
+        for running in list(self._running.values()):
+            gone = [p for p in running.plan.ring if p not in members.present]
+            if gone:
+                notes.append(self._drop(running, f"{self._name(gone[0], before)} was lost"))
+        return notes if self._decided or self._term is None else notes + self._adopt(now)
+
+    def _adopt(self, now: float) -> list[Note]:
+        """Take over what was served before this term, where all of its peers are here."""
+        mine = [
+            state
+            for state in sorted(self._known, key=lambda state: state.plan.id)
+            if state.phase in ("serving", "draining")
+            and state.plan.id.term <= (self._term or 0)
+            and state.plan.id not in self._running
+            and self._members.present.issuperset(state.plan.ring)
+        ]
+        notes = []
+        for state in mine:
+            running = self._running[state.plan.id] = Running(state, now)
+            if state.phase == "serving":
+                self._retire(now, running)
+                self._adopted, self._decided = state.plan.id, True
+                notes = [Note(f"plan {state.plan.id} goes on under this coordinator")]
+        return notes
+
+    def _name(self, peer_id: str, members: Members | None = None) -> str:
+        profile = (members or self._members).profiles.get(peer_id)
+        return f"{profile.name} ({peer_id})" if profile else peer_id
+
+    # Deciding ---------------------------------------------------------------------------------
+
+    def _current(self) -> list[Running]:
+        """Plans that are not on their way out, the newest first."""
+        live = [r for r in self._running.values() if r.state.phase != "draining"]
+        return sorted(live, key=lambda r: r.plan.id, reverse=True)
+
+    def _situation(self) -> object:
+        """All that a plan depends on. Free memory is only looked at while there is no plan: it
+        changes all the time, and most of all through the plan itself."""
+        digest = self._choice.shape.digest if self._choice.shape else ""
+        barred = self._failures.barred(digest)
+        profiles = [
+            (_nature(self._members, p)[:1], profile.memory_available_bytes if memory else 0)
+            for memory in [not self._current()]
+            for p, profile in sorted(self._members.profiles.items())
+            if p in self._members.present and p not in barred
+        ]
+        return digest, self._choice.why, profiles, sorted(barred)
+
+    def _watch(self, now: float) -> None:
+        """Wait for quiet after every change; there is nothing to do where all is as planned."""
+        situation = self._situation()
+        if situation != self._seen:
+            self._seen = situation
+            # Without its own profile this peer would plan without itself.
+            if situation == self._planned or self._me not in self._members.profiles:
+                self._quiet_at = _NEVER
+                return
+            self._quiet_at = now + self._timing.settle_s
+            # After a first failure it is worth a second's wait not to plan without the peer.
+            retry_at = self._failures.deadline
+            if retry_at <= now + RETRY_S[0]:
+                self._quiet_at = max(self._quiet_at, retry_at)
+
+    def _decide(self, now: float) -> list[Note]:
+        self._decided, self._known, self._quiet_at = True, (), _NEVER
+        notes = self._replan(now)
+        self._seen = self._planned = self._situation()
+        return notes
+
+    def _replan(self, now: float) -> list[Note]:
+        shape = self._choice.shape
+        if shape is None:
+            return self._without(self._choice.why)
+        barred = self._failures.barred(shape.digest)
+        here = [p for i, p in sorted(self._members.profiles.items()) if i in self._members.present]
+        able = [profile for profile in here if profile.peer_id not in barred]
+        excuses = "; ".join(barred.values())
+        if barred and not able:
+            return self._without(excuses)
+        current = self._current()
+        me = self._members.profiles.get(self._me)
+        if self._suits(current, shape, {profile.peer_id for profile in here}):
+            return []
+        try:
+            split = solve(
+                able,
+                shape,
+                context_wanted=me.context_wanted if me else 0,
+                spread_all=any(profile.spread_all for profile in able),
+                order=current[-1].plan.ring if current else (),
+            )
+        except NoPlan as error:
+            return self._without(f"{error}" + (f". {excuses}" if excuses else ""))
+        out = [LeftOut(p, why) for p, why in barred.items() if p in self._members.present]
+        split = replace(split, left_out=split.left_out + tuple(out))
+        return self._roll_out(shape, split, current, now)
+
+    def _suits(self, current: list[Running], shape: ModelShape, here: set[str]) -> bool:
+        """Whether an adopted plan reckons with exactly the peers and the model of now."""
+        if not current or current[0].plan.id != self._adopted:
+            return False
+        plan = current[0].plan
+        reckoned = {*plan.ring, *(left.peer_id for left in plan.split.left_out)}
+        suits = plan.shape.digest == shape.digest and here <= reckoned <= self._members.present
+        if suits:
+            self._cause = ""
+        return suits
+
+    def _roll_out(
+        self, shape: ModelShape, split: Split, current: list[Running], now: float
+    ) -> list[Note]:
+        """Make the split the next plan, unless it is what runs already."""
+        self._why_none = ""
+        same = next((r for r in current if is_same(r.plan, shape, split)), None)
+        notes = [
+            self._drop(r, "it was overtaken", keep_cause=True)
+            for r in current
+            if r is not same and not r.serves
+        ]
+        cause, self._cause = self._cause or self._news(current, split), ""
+        if same is not None:
+            return notes
+        plan = Plan(PlanId(self._term or 0, self._number + 1), self._me, shape, split)
+        if wrong := check(plan):
+            return [*notes, *self._without(f"no plan for {shape.model}: {wrong}")]
+        self._number += 1
+        state = PlanState(plan, "loading", why=f"{cause}; {split.why}"[:1000])
+        self._running[plan.id] = Running(state, now)
+        return [*notes, Note(f"plan {plan.id} for {shape.model}: {state.why}")]
+
+    def _news(self, current: list[Running], split: Split) -> str:
+        """What has changed, in words, where nothing was lost."""
+        if not current:
+            return "all that it needs is here now"
+        joined = {w.peer_id for w in split.windows}.difference(current[0].plan.ring)
+        return ", ".join(map(self._name, sorted(joined))) + " joined" if joined else "a new split"
+
+    def _without(self, why: str) -> list[Note]:
+        before, self._why_none = self._why_none, why[:1000]
+        return [] if before == self._why_none else [Note(f"no new plan: {self._why_none}")]
+
+    # Progress ---------------------------------------------------------------------------------
+
+    def _take_report(self, peer_id: str, report: Report, now: float) -> list[Note]:
+        running = self._running.get(report.plan)
+        if running is None or peer_id not in running.plan.ring:
+            return []
+        running.take(peer_id, report, now)
+        if fault := running.fault(peer_id, report):
+            return [self._fail(running, peer_id, fault, now)]
+        phase = running.state.phase
+        if phase == "loading" and running.all_reached("ready", "linked"):
+            running.enter("linking", now)
+        elif phase == "linking" and running.all_reached("linked"):
+            running.enter("serving", now)
+            self._retire(now, running)
+            return [Note(f"plan {running.plan.id} serves on {len(running.plan.ring)} peers")]
+        elif (
+            phase == "draining"
+            and peer_id == running.plan.head
+            and report.active == 0
+            # By then every entry has heard that new answers go elsewhere.
+            and now - running.since >= self._timing.publish_s
+        ):
+            return [self._drop(running, "its last answer ended", keep_cause=True)]
+        return []
+
+    def _retire(self, now: float, newest: Running) -> None:
+        """All others that serve go on for their answers only, and not too many of them."""
+        for other in self._running.values():
+            if other is not newest and other.serves:
+                other.enter("draining", now)
+        draining = sorted(r.plan.id for r in self._running.values() if r.state.phase == "draining")
+        for plan_id in draining[:-_DRAINING_MAX]:
+            del self._running[plan_id]
+
+    def _fail(self, running: Running, peer_id: str, why: str, now: float) -> Note:
+        name = self._name(peer_id)
+        if running.state.phase != "draining":
+            digest, ring = running.plan.shape.digest, running.plan.ring
+            text = f"the stage on {name} failed: {why}"[:900]
+            self._failures.blame(peer_id, digest, ring, text, now)
+            self._seen = self._planned = None  # think again, though all else is as it was
+        return self._drop(running, f"the stage on {name} failed: {why}")
+
+    def _drop(self, running: Running, why: str, keep_cause: bool = False) -> Note:
+        del self._running[running.plan.id]
+        if not keep_cause:
+            self._cause = why
+        return Note(f"plan {running.plan.id} ({running.state.phase}) is over: {why}")
+
+    def _expire(self, now: float) -> list[Note]:
+        self._failures.expire(now)
+        notes = []
+        for running in list(self._running.values()):
+            over = next((peer for at, peer in running.limits(self._timing) if at <= now), None)
+            if over:
+                why = f"nothing was heard of its progress while {running.state.phase}"
+                notes.append(self._fail(running, over, why, now))
+            elif over == "":
+                notes.append(self._drop(running, "its answers took too long", keep_cause=True))
+        return notes
+
+    def _publish(self, now: float) -> list[Publish]:
+        if not self._decided:
+            return []
+        why_none = "" if self._current() else self._why_none or f"{self._cause}; planning again"
+        plans = Plans(self._term or 0, self.states, why_none[:1000])
+        if plans == self._published and now < self._publish_at:
+            return []
+        self._published, self._publish_at = plans, now + self._timing.publish_s
+        return [Publish(plans)]
+
+
+def _nature(members: Members, peer_id: str) -> tuple[object, object]:
+    """What a peer is, and which models it has; what changes by itself (free memory, parts) is not
+    in it."""
+    profile = members.profiles.get(peer_id)
+    if profile is None or peer_id not in members.present:
+        return None, None
+    engines = [(e.backend, e.device, e.kind, e.memory_total_bytes) for e in profile.engines]
+    offered = frozenset(offer.shape.digest for offer in members.offers.get(peer_id, ()))
+    lasting = replace(
+        profile, memory_available_bytes=0, disk_free_bytes=0, engines=(), model_wanted=""
+    )
+    return (lasting, engines), offered

@@ -1,0 +1,103 @@
+"""One plan of the coordinator's and how far its peers are with it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from peer.config import Timing
+from peer.planning.plan import Phase, Plan, PlanState, Split, StageLink
+from peer.planning.profile import ModelShape
+from peer.protocol import Report
+
+
+@dataclass(slots=True)
+class Running:
+    """A plan and what is known of its progress. since: when its phase began."""
+
+    state: PlanState
+    since: float
+    reports: dict[str, Report] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)  # when each peer last came further
+
+    @property
+    def plan(self) -> Plan:
+        """The plan itself."""
+        return self.state.plan
+
+    @property
+    def serves(self) -> bool:
+        """New answers go to it."""
+        return self.state.phase == "serving"
+
+    def enter(self, phase: Phase, now: float) -> None:
+        """Begin a phase; linking tells where every stage listens."""
+        links = self.state.links
+        if phase == "linking":
+            links = tuple(_link(p, self.reports[p]) for p in self.plan.ring)
+        self.state, self.since = replace(self.state, phase=phase, links=links), now
+
+    def take(self, peer_id: str, report: Report, now: float) -> None:
+        """Note a report, and whether it shows progress."""
+        before = self.reports.get(peer_id)
+        self.reports[peer_id] = report
+        if not before or before.phase != report.phase or before.done_bytes < report.done_bytes:
+            self.moved[peer_id] = now
+
+    def all_reached(self, *phases: str) -> bool:
+        """Whether every peer of the ring is in one of these phases."""
+        return all(self.reached(peer_id) in phases for peer_id in self.plan.ring)
+
+    def reached(self, peer_id: str) -> str:
+        """The phase that a peer last reported, "" before its first report."""
+        report = self.reports.get(peer_id)
+        return report.phase if report else ""
+
+    def limits(self, timing: Timing) -> Iterator[tuple[float, str]]:
+        """When patience ends with a peer ("": with all of them). Fetching may take long, but it
+        has to go on: the time for a stage to load begins again with every bit of progress."""
+        match self.state.phase:
+            case "loading":
+                for peer_id in self.plan.ring:
+                    if self.reached(peer_id) not in ("ready", "linked"):
+                        yield self.moved.get(peer_id, self.since) + timing.load_s, peer_id
+            case "linking":
+                for peer_id in self.plan.ring:
+                    if self.reached(peer_id) != "linked":
+                        yield self.since + timing.step_s, peer_id
+            case "draining":
+                yield self.since + timing.drain_s, ""
+
+    def fault(self, peer_id: str, report: Report) -> str:
+        """Why a report ends the plan, or ""."""
+        if report.phase == "failed":
+            return report.why or "it gave no reason"
+        told = report.phase in ("ready", "linked")
+        if told and not (report.ring_port and len(report.key) == 40):
+            return "it says that it is ready, and not where it listens"
+        if told and peer_id == self.plan.head and not report.submit_port:
+            return "it says that it is ready, and not where answers are submitted"
+        if self.state.phase == "loading":
+            return ""
+        if not told or _link(peer_id, report) not in self.state.links:
+            return "it had to start again"
+        return ""
+
+
+def is_same(plan: Plan, shape: ModelShape, split: Split) -> bool:
+    """Whether this plan's windows are the split's, for the same model and context."""
+
+    def windows(of: Split) -> list[tuple[str, int, int, str]]:
+        return [(w.peer_id, w.first, w.last, w.backend) for w in of.windows]
+
+    return (
+        plan.shape.digest == shape.digest
+        and plan.split.context == split.context
+        and windows(plan.split) == windows(split)
+    )
+
+
+def _link(peer_id: str, report: Report) -> StageLink:
+    return StageLink(peer_id, report.ring_port, report.key, report.submit_port)
