@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -26,7 +27,7 @@ from peer.api.shapes import (
     problem_of,
 )
 from peer.api.sse import EVENTS, Events
-from peer.errors import HalkaError, RequestError
+from peer.errors import AnswerFailed, HalkaError, RequestError
 
 log = logging.getLogger("halka.api")
 
@@ -39,6 +40,7 @@ class OpenAI:
     def __init__(self, service: Service, limits: Limits) -> None:
         self._service, self._limits = service, limits
         self.places = Places(limits.answers)
+        self._streams: set[Events] = set()
 
     def routes(self) -> list[web.RouteDef]:
         """Where the handlers go."""
@@ -48,6 +50,12 @@ class OpenAI:
             web.get("/v1/models", self.models),
             web.get("/v1/models/{id:.+}", self.model),
         ]
+
+    async def end(self, why: str) -> None:
+        """End the streams that run, each with an error event."""
+        problem = problem_of(AnswerFailed(why))
+        opened = [events.fail(problem) for events in self._streams if events.opened]
+        await asyncio.gather(*opened, return_exceptions=True)
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models"""
@@ -105,6 +113,7 @@ class OpenAI:
         events = request[EVENTS] = Events(request, self._limits.write_s)
         sink = Stream(events, shape, wish.include_usage) if wish.stream else Nowhere()
         pause_s = self._limits.pause_s
+        self._streams.add(events)
         try:
             made = await together([make(self._service, job, sink, pause_s) for job in jobs])
             report.made(made)
@@ -118,6 +127,7 @@ class OpenAI:
                 raise
             await events.fail(problem_of(error))
         finally:
+            self._streams.discard(events)
             log.info("%s", report)
         return events.response
 

@@ -49,7 +49,7 @@ class Server:
             ]
         )
         # A client that leaves must end its answer at once, streamed or not.
-        self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.25)
         self._listener: asyncio.Server | None = None
 
     @classmethod
@@ -79,9 +79,10 @@ class Server:
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     async def close(self) -> None:
-        """Stop listening; answers that still run after a second are cut off, visibly."""
+        """Stop listening. Answers that still run end with an error: the daemon drains before."""
         if self._listener is not None:
             self._listener.close()
+        await self._openai.end("this peer is stopping; ask again, or ask another peer")
         await self._runner.cleanup()
 
     @web.middleware
