@@ -85,7 +85,8 @@ def lines(plan: Plan, phase: str, status: Status, screen: Screen) -> list[str]:
         for peer_id in plan.ring
     ]
     out += ["", *ring.draw(screen, shape.layers, rows), ""]
-    out += [f"  {_peer(plan, peer_id, name(peer_id), states, screen)}" for peer_id in plan.ring]
+    for peer_id in plan.ring:
+        out += screen.wrap(_peer(plan, peer_id, name(peer_id), states), "  ", "    ")
     if split.left_out:
         out += ["", "Without layers"]
         for left in split.left_out:
@@ -105,12 +106,12 @@ def _memory(plan: Plan, peer_id: str) -> int:
     return predicted or sum(plan.shape.window_bytes(w.first, w.last) for w in mine)
 
 
-def _peer(plan: Plan, peer_id: str, name: str, states: dict[str, PeerState], screen: Screen) -> str:
+def _peer(plan: Plan, peer_id: str, name: str, states: dict[str, PeerState]) -> str:
     engines = dict.fromkeys(w.backend for w in plan.split.windows if w.peer_id == peer_id)
     text = f"{name}: {'+'.join(engines)}, planned {size(_memory(plan, peer_id))}"
     state = states.get(peer_id)
     if state is None:
-        return screen.clean(f"{text}, not seen now")
+        return f"{text}, not seen now"
     if state.memory_bytes:
         text += (
             f", used {size(state.memory_bytes)} (weights {size(state.weights_bytes)}, "
@@ -118,4 +119,4 @@ def _peer(plan: Plan, peer_id: str, name: str, states: dict[str, PeerState], scr
         )
     if state.memory_available_bytes:
         text += f", usable {size(state.memory_available_bytes)}"
-    return screen.clean(text)
+    return text

@@ -36,7 +36,7 @@ def draw(screen: Screen, layers: int, rows: Sequence[Row]) -> list[str]:
     lines = []
     for index, row in enumerate(rows):
         colour = PALETTE[index % len(PALETTE)]
-        phase = f"{row.phase} {row.done:.0%}" if row.done < 1 else row.phase
+        phase = screen.clean(f"{row.phase} {row.done:.0%}" if row.done < 1 else row.phase)
         lines.append(
             "  "
             + screen.paint(_edge(screen, index, len(rows)), "dim")

@@ -13,4 +13,5 @@ def command(args: Namespace) -> int:
     settings, warnings = config.load(flags=flags)
     from peer import daemon
 
-    return daemon.main(settings, warnings)
+    code: int = daemon.main(settings, warnings)
+    return code

@@ -78,7 +78,9 @@ def _heading(status: Status, screen: Screen) -> list[str]:
     return [
         f"{screen.paint(f'{dot} halka is {state}', style, 'bold')} on {name} for "
         f"{duration(me.uptime_s)}",
-        screen.paint(f"  version {screen.clean(status.version)}, peer {me.peer_id}", "dim"),
+        screen.paint(
+            f"  version {screen.clean(status.version)}, peer {screen.clean(me.peer_id)}", "dim"
+        ),
         "",
     ]
 
