@@ -95,7 +95,10 @@ class Server:
             guard.check_caller(request, self._names)
             return await handler(request)
         except HalkaError as error:
-            return problem_of(error).response()
+            problem = problem_of(error)
+            if problem.status >= 500:
+                log.warning("request refused path=%s because=%s", request.path[:200], error)
+            return problem.response()
         except web.HTTPException as error:
             return _http_problem(request, error)
         except ConnectionError:

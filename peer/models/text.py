@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from peer.errors import ModelError, RequestError
+from peer.errors import ModelError, NoPlan, RequestError
 from peer.models.text_messages import (
     LENGTH,
     MESSAGE_BYTES_MAX,
@@ -43,7 +43,7 @@ COMMAND = (sys.executable, "-m", "peer.models.vocabulary")
 OPEN_S = 60.0  # a cold disk and an engine's library
 RENDER_S = 2.0  # a template takes milliseconds
 ENCODE_S = 2.0
-ENCODE_CHAR_S = 20e-6  # llama.cpp reads about 1 µs a character on a slow core
+ENCODE_CHAR_S = 20e-6  # llama.cpp takes 0.5 to 2.4 on a slow core
 CHARS_A_TOKEN = 16  # no text is so dense that it has more characters a token
 CHARS_SLACK = 4096  # so that short contexts still get an exact count
 TOKENS_MAX = 1 << 20  # pieces and ids that we take from a text process
@@ -70,6 +70,7 @@ class Text:
         self._process: Process | None = None
         self._turn = asyncio.Lock()
         self._asked = 0
+        self._closed = False
 
     @classmethod
     async def open(cls, engine: str, head: Path, *, command: Sequence[str] = COMMAND) -> Text:
@@ -97,7 +98,8 @@ class Text:
     ) -> list[int]:
         """Token ids of a chat: [{"role", "content"}, …], asking for the assistant's next message.
 
-        Raises: RequestError, when the template refuses, fails or hangs, or the text cannot fit.
+        Raises: RequestError, when the template refuses, fails or hangs, or the text cannot fit;
+        ModelError, when the tokenizer does not work at all; NoPlan, when this was closed.
         """
         chars_max = _chars_max(context_tokens)
         _fits(sum(len(str(m.get("content", ""))) for m in messages), context_tokens, "messages")
@@ -114,8 +116,11 @@ class Text:
             return await self._encode(text, "prompt")
 
     async def close(self) -> None:
-        """End the process."""
+        """End the process, for good: who still waits for an answer gets NoPlan."""
+        self._closed = True
         await self._end()
+        async with self._turn:  # one that was just being started
+            await self._end()
 
     async def _encode(self, text: str, param: str) -> list[int]:
         deadline_s = ENCODE_S + len(text) * ENCODE_CHAR_S
@@ -131,6 +136,8 @@ class Text:
     async def _ask(self, question: Message, kind: type[T], deadline_s: float, param: str) -> T:
         """One answer, with a second try where the process died without being late."""
         for last in (False, True):
+            if self._closed:
+                raise NoPlan("another model is served from now on; ask again")
             try:
                 if self._process is None or self._process.returncode is not None:
                     await self._start()
@@ -166,8 +173,10 @@ class Text:
         except OSError as error:
             raise _Gone(f"it cannot be started: {error.strerror}") from None
         try:
+            if self._closed:
+                raise NoPlan("another model is served from now on; ask again")
             await self._exchange(Open(self._number(), self._engine, str(self._head)), Done, OPEN_S)
-        except ModelError:
+        except (ModelError, NoPlan):
             await self._end()
             raise
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import gguf
 import pytest
 
-from peer.errors import ModelError, RequestError
+from peer.errors import ModelError, NoPlan, RequestError
 from peer.models import text
 from peer.models.text import Text
+from tests.conftest import Until
 
 BOS, EOS = 256, 257
 PLAIN = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -122,6 +123,21 @@ async def test_a_client_who_leaves_in_the_middle_does_not_mix_up_the_next(tmp_pa
     with pytest.raises(asyncio.CancelledError):
         await leaving
     await words.close()
+
+
+async def test_closing_ends_who_still_asks_and_starts_nothing_again(
+    tmp_path: Path, until: Until
+) -> None:
+    words = await Text.open("fake", head(tmp_path, HANGS_ON))
+    asking = asyncio.gather(
+        *(words.ids_of_chat(chat(say), context_tokens=64) for say in ("hang", "on", "and on")),
+        return_exceptions=True,
+    )
+    await until(lambda: words._turn.locked(), 5, "the first asks")
+    await words.close()
+    assert [type(error) for error in await asking] == [NoPlan] * 3
+    with pytest.raises(NoPlan, match="ask again"):
+        await words.ids_of_prompt("x", context_tokens=64)
 
 
 async def test_a_text_that_cannot_fit_is_refused_before_it_is_sent(
