@@ -15,6 +15,9 @@ import backends
 from backends.base import BackendFault, Batch, Header, Settings, TensorFact, Window
 from backends.fake import FakeBackend
 from backends.fake_model import BOS, EOS
+from peer.models.imports import import_gguf
+from peer.models.parts import load_header, place
+from peer.models.store import Store
 from tests import fake_models
 from tests.fake_models import truth
 
@@ -276,3 +279,21 @@ def test_footprint_counts_what_is_held(model: Path, tmp_path: Path) -> None:
     assert isinstance(backend, FakeBackend)
     footprint = backend.load(window)
     assert footprint.kv_bytes == 2048 * sum(ENGINE.kv_bytes_per_cell(window.header))
+
+
+@pytest.mark.parametrize("edges", [(0, 12), (0, 5, 12), (0, 1, 7, 12)])
+def test_windows_placed_from_stored_parts_give_the_same_tokens(
+    model: Path, tmp_path: Path, edges: tuple[int, ...]
+) -> None:
+    store = Store(tmp_path)
+    manifest = import_gguf(model, store)
+    folder = store.folder(manifest.digest)
+    header = load_header(folder)
+    windows = []
+    for first, last in pairwise(edges):
+        recipe = ENGINE.recipe(header, first, last)
+        into = tmp_path / f"window-{first}"
+        into.mkdir()
+        placed = place(folder, manifest, recipe, first, last, into)
+        windows.append(Window(first, last, 12, header, placed.files, placed.embed))
+    assert Ring(windows).continue_(1, PROMPT, 20, 16) == truth(model, PROMPT, 20)
