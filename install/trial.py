@@ -22,7 +22,10 @@ from pathlib import Path
 from types import FrameType
 
 from peer.errors import HalkaError
+from peer.models.pull import pull
+from peer.models.store import Store
 from peer.words.agent import Agent
+from peer.words.pull import shown
 from peer.words.screen import Screen, count, note, say, size
 from peer.words.state import PeerState, Status
 
@@ -32,7 +35,7 @@ START_S = 60.0  # for an agent's HTTP to answer
 SERVE_S = 240.0  # for the ring to serve, parts fetched and windows loaded, on a slow laptop
 END_S = 15.0  # for an agent to end after SIGTERM
 LOOK_S = 0.25
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "try"
 
 
 class TrialFailed(HalkaError):
@@ -149,12 +152,11 @@ def main() -> int:
 def trial(peers: list[Peer], question: str) -> int:
     """Model, agents, ring, plan, answer."""
     first, last = peers[0], peers[-1]
-    note(f"the model goes to peer 1 of {len(peers)}")
-    if code := pull(first):
-        raise TrialFailed(f"the model could not be had (exit code {code})")
+    note("the model goes to peer 1 alone; the others fetch their layers from it")
+    give_model(first)
     note(f"starting {count(len(peers), 'peer')} on this machine")
-    with progress() as shown:
-        serve(peers, shown)
+    with progress() as line:
+        serve(peers, line)
     say()
     if first.word("plan"):
         raise TrialFailed("there is no plan to show")
@@ -168,20 +170,21 @@ def trial(peers: list[Peer], question: str) -> int:
     return 0
 
 
-def pull(peer: Peer) -> int:
-    """Give the peer the small model; what was downloaded is kept for the next time."""
-    CACHE.mkdir(exist_ok=True)
-    peer.environment["HALKA_CACHE"] = str(CACHE)
-    return peer.word("pull", "smollm2")
+def give_model(peer: Peer) -> None:
+    """Put the small model into the peer's store; it is kept in the checkout for the next time."""
+    with shown("fetching the model smollm2") as update:
+        manifest = pull("smollm2", Store(CACHE), update)
+    folder = Path("models") / manifest.digest
+    shutil.copytree(CACHE / folder, peer.home / folder)
 
 
-def serve(peers: list[Peer], shown: Progress) -> None:
+def serve(peers: list[Peer], line: Progress) -> None:
     """Start all and wait until each of them says that all of them serve. Raises TrialFailed."""
     first = peers[0]
     first.start()
     deadline_s = time.monotonic() + START_S
     while (status := first.status()) is None:
-        shown.show("peer 1 is starting")
+        line.show("peer 1 is starting")
         pause(deadline_s, "peer 1 does not answer")
     for peer in peers[1:]:
         peer.start(known=f"127.0.0.1:{status.me.port}")
@@ -191,7 +194,7 @@ def serve(peers: list[Peer], shown: Progress) -> None:
         if all(serves(state, len(peers)) for state in states):
             return
         text = describe(states[0], len(peers))
-        shown.show(text)
+        line.show(text)
         pause(deadline_s, text)
 
 
@@ -292,11 +295,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """Progress whose line is cleared at the end, whatever the end is."""
-    shown = Progress()
+    line = Progress()
     try:
-        yield shown
+        yield line
     finally:
-        shown.end()
+        line.end()
 
 
 if __name__ == "__main__":

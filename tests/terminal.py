@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
+import select
 import socket
 import subprocess
 import sys
 import termios
 import time
+
+WAIT_S = 30.0  # a busy machine is slow, a broken program never answers
 
 
 def halka(*argv: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +34,7 @@ class Terminal:
     def __init__(self, *argv: str, **changes: str) -> None:
         environment = {"TERM": "xterm", "LC_ALL": "C.UTF-8", **changes}
         self.seen, self._from = "", 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._ours, theirs = pty.openpty()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "peer", *argv],
@@ -56,24 +61,27 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Read on until this is seen."""
-        begun = time.monotonic()
+        deadline_s = time.monotonic() + WAIT_S
         while text not in self.seen[self._from :]:
-            assert time.monotonic() - begun < 30, self.seen
-            assert self._read(), f"ended without {text!r}: {self.seen}"
+            assert self._read(deadline_s), f"{text!r} did not come: {self.seen!r}"
         self._from = self.seen.index(text, self._from) + len(text)
 
     def ended(self) -> int:
         """Its exit code, once it has said everything."""
-        while self._read():
+        deadline_s = time.monotonic() + WAIT_S
+        while self._read(deadline_s):
             pass
-        return self._process.wait(30)
+        return self._process.wait(WAIT_S)
 
-    def _read(self) -> bool:
+    def _read(self, deadline_s: float) -> bool:
+        ready, _, _ = select.select([self._ours], [], [], max(0.0, deadline_s - time.monotonic()))
+        if not ready:
+            return False
         try:
             data = os.read(self._ours, 65536)
         except OSError:  # Linux says so when the other side is closed
             return False
-        self.seen += data.decode(errors="replace")
+        self.seen += self._decoder.decode(data)
         return bool(data)
 
 

@@ -115,7 +115,8 @@ def shown(text: str) -> Iterator[Callable[[int, int], None]]:
 
 def _lines(text: str) -> Callable[[int, int], None]:
     """A line every ten percent, and at least a second apart."""
-    last_percent, last_s = -LINE_PERCENT, float("-inf")
+    note(text)
+    last_percent, last_s = 0, time.monotonic()
 
     def update(done: int, total: int) -> None:
         nonlocal last_percent, last_s
