@@ -11,7 +11,6 @@ def command(args: Namespace) -> int:
     """Runs until it is told to end; its exit code. Raises: ConfigError, HalkaError."""
     flags = {key: value for key, value in vars(args).items() if key != "word"}
     settings, warnings = config.load(flags=flags)
-    from peer import daemon
+    from peer.daemon import main
 
-    code: int = daemon.main(settings, warnings)
-    return code
+    return main(settings, warnings)
