@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ from peer.errors import AnswerFailed, HalkaError, RequestError
 
 log = logging.getLogger("halka.api")
 
+_GOODBYE_S = 1.0  # for all clients together to be told that this peer stops
 _SEED_MASK = (1 << 63) - 1
 
 
@@ -55,7 +57,10 @@ class OpenAI:
         """End the streams that run, each with an error event."""
         problem = problem_of(AnswerFailed(why))
         opened = [events.fail(problem) for events in self._streams if events.opened]
-        await asyncio.gather(*opened, return_exceptions=True)
+        if opened:
+            with suppress(TimeoutError):  # who does not read will not hear it
+                async with asyncio.timeout(_GOODBYE_S):
+                    await asyncio.gather(*opened, return_exceptions=True)
 
     async def models(self, request: web.Request) -> web.Response:
         """GET /v1/models"""

@@ -36,6 +36,7 @@ class Server:
         self._service, self._limits = service, limits
         self._names: frozenset[str] = frozenset()
         self._openai = OpenAI(service, limits)
+        self._busy: set[asyncio.Task[Any]] = set()  # requests under way
         application = web.Application(
             client_max_size=limits.body_bytes, middlewares=[self._outermost]
         )
@@ -84,6 +85,8 @@ class Server:
             self._listener.close()
         await self._openai.end("this peer is stopping; ask again, or ask another peer")
         await self._runner.cleanup()
+        if self._busy:  # cancelled by now; their answers end in the turns that follow
+            await asyncio.wait(self._busy, timeout=2.0)
 
     @web.middleware
     async def _outermost(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -91,6 +94,9 @@ class Server:
         connection = request.protocol
         assert isinstance(connection, guard.Connection)
         connection.begun()
+        if task := asyncio.current_task():
+            self._busy.add(task)
+            task.add_done_callback(self._busy.discard)
         try:
             guard.check_caller(request, self._names)
             return await handler(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ class Finished:
     first_s: float
 
 
-class Shape:
+class Shape(ABC):
     """One request's answers, whole or in chunks. Subclasses say what a choice looks like."""
 
     prefix = kind = kind_chunk = ""
@@ -97,21 +98,21 @@ class Shape:
         self.id = f"{self.prefix}-{request}"
         self._model, self._created_s = model, created_s
 
+    @abstractmethod
     def first(self, index: int) -> dict[str, Any] | None:
         """The choice of a chunk that opens an answer, None where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, index: int, text: str) -> dict[str, Any]:
         """The choice of a chunk with text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last(self, index: int, finish: str) -> dict[str, Any]:
         """The choice of the chunk that ends an answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(self, answer: Finished) -> dict[str, Any]:
         """A whole answer."""
-        raise NotImplementedError
 
     def chunk(self, choices: Sequence[Mapping[str, Any]], **more: Any) -> bytes:
         """A chunk of a stream, as JSON."""

@@ -7,9 +7,9 @@ last chunk of the HTTP body, so that a client that overlooks the event still see
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -96,7 +96,25 @@ async def paced(items: AsyncGenerator[T, None], pause_s: float) -> AsyncGenerato
                 return
             yield item
     finally:
-        if waiting is not None:
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
-        await items.aclose()
+        await _surely(_end(waiting, items))
+
+
+async def _end(waiting: asyncio.Future[T] | None, items: AsyncGenerator[T, None]) -> None:
+    if waiting is not None:
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    await items.aclose()
+
+
+async def _surely(work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` to its end, even when cancelled meanwhile: aiohttp cancels more than once."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as again:
+            cancelled = again
+    task.result()
+    if cancelled is not None:
+        raise cancelled

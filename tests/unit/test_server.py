@@ -58,11 +58,9 @@ async def said(server: Server, data: bytes) -> tuple[int, dict[str, Any]]:
 
 async def freed(server: Server) -> None:
     """Returns once a connection is let in; fails when none is within 5 s."""
-    for _ in range(100):
-        if (await said(server, post(BODY)))[0] == 200:
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("no place came free")
+    async with asyncio.timeout(5):
+        while (await said(server, post(BODY)))[0] != 200:
+            pass
 
 
 async def closed_within(reader: asyncio.StreamReader, seconds: float) -> bool:
@@ -82,7 +80,7 @@ def endless(asked: Asked) -> AsyncGenerator[Piece, None]:
     async def pieces() -> AsyncGenerator[Piece, None]:
         while True:
             yield Piece((97,))
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
 
     return pieces()
 
@@ -123,7 +121,7 @@ async def test_a_connection_that_does_not_get_to_the_point_is_ended(how: str) ->
             if ended.done() or writer.is_closing():
                 break
             writer.write(SLOW[how](i))
-            await asyncio.sleep(0.02)
+            await asyncio.wait({ended}, timeout=0.02)
         assert i < 100, "dripping kept it alive"
         assert await ended
 
@@ -383,3 +381,16 @@ async def test_closing_tells_running_answers_why_and_ends_them_without_a_clean_e
     assert not rest.endswith(b"0\r\n\r\n")
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(server.host, server.port)
+
+
+async def test_closing_does_not_wait_for_clients_that_do_not_read(until: Until) -> None:
+    service = FakeService(endless)
+    server = await Server.start(service, "127.0.0.1", 0)
+    async with dialled(server) as (_, writer):
+        writer.write(post(STREAM))
+        writer.transport.pause_reading()
+        await until(lambda: service.running == 1, 5, "the answer runs")
+        before = time.monotonic()
+        await server.close()
+        assert time.monotonic() - before < 4
+        assert service.running == 0
