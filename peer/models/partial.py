@@ -33,22 +33,36 @@ class Partial:
         self._descriptor = -1
         self._hash = hashlib.sha256()
 
-    def open(self) -> None:
-        """Take what is there of the part already. Raises Busy, ModelError."""
+    def open(self) -> bool:
+        """Take what is there of the part already. False where the part is present by now.
+
+        Raises Busy, ModelError.
+        """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         with disk.clear_errors(self._path, self.part.file_bytes):
             self._descriptor = os.open(self._path, flags, 0o644)
-            if not disk.try_lock(self._descriptor):
+            if not disk.try_lock(self._descriptor) or not self._is_mine():
                 raise Busy
+            if disk.size_of(self._target) == self.part.file_bytes:
+                self.discard()
+                return False
             done = os.fstat(self._descriptor).st_size - self.part.header_bytes
             if not 0 < done <= self.part.data_bytes:
                 self.restart()
-                return
+                return True
             for at in range(0, done, disk.BLOCK_BYTES):
                 length = min(disk.BLOCK_BYTES, done - at)
                 data = disk.read_at(self._descriptor, self.part.header_bytes + at, length)
                 self._hash.update(data)
             self.done = done
+            return True
+
+    def _is_mine(self) -> bool:
+        """The file still has this name: whoever had the lock before may have finished it."""
+        try:
+            return self._path.lstat().st_ino == os.fstat(self._descriptor).st_ino
+        except FileNotFoundError:
+            return False
 
     def restart(self) -> None:
         """Forget what arrived."""

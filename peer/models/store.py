@@ -65,7 +65,9 @@ class Store:
     def models(self) -> list[Stored]:
         """Every model here, the one pulled last first. Damaged folders are left out, and logged."""
         found: list[Stored] = []
-        for entry in sorted(self.root.iterdir()):
+        with disk.clear_errors(self.root):
+            entries = sorted(self.root.iterdir())
+        for entry in entries:
             if entry.name.startswith(".") or entry.is_symlink() or not entry.is_dir():
                 continue
             try:

@@ -57,11 +57,12 @@ def answer(
             return ManifestHere(message.request, message.digest, data)
         chunk = store.read_chunk(message.digest, message.part, message.offset, message.length)
         return ChunkHere(message.request, chunk)
-    except PartError as error:
-        return NotHere(message.request, str(error)[:1000])
     except ModelError as error:
-        log.warning("unreadable=%s because=%s", message.digest[:12], error)
-        return NotHere(message.request, "it cannot be read here")
+        why = str(error)
+        if not isinstance(error, PartError) or str(store.root) in why:
+            log.warning("unreadable=%s because=%s", message.digest[:12], error)
+            why = "it cannot be read here"  # paths of this machine are nobody else's business
+        return NotHere(message.request, why[:1000])
 
 
 async def fetch(
@@ -166,10 +167,11 @@ class _Fetch:
         name, now = start.part, time.monotonic
         partial = Partial(self._store, self._manifest, name)
         try:
-            if await _in_thread(self._store.has, self._digest, name):
-                self._sources.finished(name)  # by another fetch, or just before it was stopped
+            if not await _in_thread(partial.open):  # another fetch was quicker
+                self._arrived[name] = partial.part.data_bytes
+                self._sources.finished(name)
+                self._show()
                 return
-            await _in_thread(partial.open)
             if start.fresh:
                 await _in_thread(partial.restart)
             await self._pump(partial, start.peer)

@@ -261,6 +261,27 @@ def test_the_longest_header_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     refused(tmp_path / "a.gguf", File([("a", "string", "x" * 2000)]).encoded(), "longer than 1000")
 
 
+def test_a_lying_count_is_refused_where_it_stands(tmp_path: Path) -> None:
+    file = every_type()
+    data = file.encoded()
+    counts = [f for f in file.fields if "count" in f.name]
+    assert len(counts) > 8
+    for field in counts:
+        error = refused(tmp_path / "a.gguf", field.lie(data, 1 << 40), "do not fit into the file")
+        assert error.offset == field.offset
+
+
+@pytest.mark.parametrize(("limit", "what"), [("KEYS_MAX", "keys"), ("TENSORS_MAX", "tensors")])
+def test_there_are_never_more_keys_tensors_and_items_than_is_sane(
+    limit: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf, limit, 2)
+    refused(tmp_path / "a.gguf", every_type().encoded(), f"{what} do not fit")
+    monkeypatch.setattr(gguf, limit, 100)
+    monkeypatch.setattr(gguf, "ITEMS_MAX", 4)
+    refused(tmp_path / "a.gguf", every_type().encoded(), "5 strings of an array do not fit")
+
+
 @settings(max_examples=300, deadline=None, database=None)
 @given(
     data=st.binary(max_size=400), prefix=st.sampled_from([b"", b"GGUF\3\0\0\0", b"GGUF\2\0\0\0"])
