@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 import zmq
@@ -102,7 +102,7 @@ class Entry:
         sampling: Sampling,
         tokens_max: int,
         ends: tuple[int, ...],
-    ) -> AsyncIterator[Give]:
+    ) -> AsyncGenerator[Give, None]:
         """Tokens as they come. Closing the iterator cancels the answer in every stage.
 
         Raises: NoPlan where nothing serves or the ring is full, RequestError, AnswerFailed.

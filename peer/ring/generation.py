@@ -7,6 +7,7 @@ complete when it is not. What is kept here is all that a new plan needs to go on
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class Give:
     """Tokens for the client; finish "" | "stop" | "length" as in protocol.Tokens."""
 
     ids: tuple[int, ...]
-    finish: str
+    finish: Literal["", "stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)

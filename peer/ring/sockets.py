@@ -7,21 +7,25 @@ that no second thread runs beside the compute.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import zmq
 from zmq.utils import z85
 
 HEARTBEAT_MS = 1000
+ENVELOPE_BYTES = 256  # what CURVE (RFC 26) and the framing add to a message part, and some
+RECONNECT_MS = 50
+RECONNECT_MAX_MS = 1000
 HEARTBEAT_TIMEOUT_MS = 2500  # a silent link is noticed within 3.5 s
-HANDSHAKE_MS = (
-    30_000  # a stage answers handshakes between steps; a long prefill chunk takes seconds
-)
+HANDSHAKE_MS = 3000
+WAITING_MAX = 64  # handshakes whose key is not known; older ones run into their deadline
 
 
 def _common(socket: zmq.Socket[Any], bytes_max: int) -> None:
     socket.linger = 0
-    socket.setsockopt(zmq.MAXMSGSIZE, bytes_max)
+    socket.setsockopt(zmq.MAXMSGSIZE, bytes_max + ENVELOPE_BYTES)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
@@ -35,6 +39,8 @@ def as_client(
 ) -> None:
     """Make a socket, before it connects, a CURVE client of the peer with `server_key`."""
     _common(socket, bytes_max)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     socket.curve_serverkey = server_key
     socket.curve_publickey = public
     socket.curve_secretkey = secret
@@ -52,37 +58,43 @@ def as_server(
 
 
 class Doorkeeper:
-    """Answers ZAP requests of one context. admitted: public keys (Z85) by domain."""
+    """Answers ZAP requests of one context.
+
+    A key that is not admitted waits rather than being refused: it may be told of a moment after the
+    peer that holds it dials, and libzmq never tries again after a refusal. The handshake's own
+    deadline ends those that wait in vain.
+    """
 
     def __init__(self, context: zmq.Context[Any]) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.linger = 0
         self.socket.bind("inproc://zeromq.zap.01")
-        self.admitted: dict[str, set[str]] = {}
-        self.refused = 0
+        self._admitted: dict[str, frozenset[str]] = {}
+        self._waiting: deque[list[bytes]] = deque(maxlen=WAITING_MAX)
+
+    def admit(self, domain: str, keys: Iterable[str]) -> None:
+        """From now on exactly these public keys (Z85) may connect to sockets of the domain."""
+        self._admitted[domain] = frozenset(keys)
+        for parts in [self._waiting.popleft() for _ in range(len(self._waiting))]:
+            self._judge(parts)
 
     def answer(self) -> None:
-        """Answer every request that waits."""
+        """Look at every request that has come."""
         while True:
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+                self._judge(self.socket.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            self._answer(parts)
 
-    def _answer(self, parts: list[bytes]) -> None:
+    def _judge(self, parts: list[bytes]) -> None:
         # envelope, b"", version, request, domain, address, identity, mechanism, key (32 bytes)
-        if len(parts) < 9 or parts[2] != b"1.0":
+        if len(parts) < 9 or parts[2] != b"1.0" or parts[7] != b"CURVE" or len(parts[8]) != 32:
             return
-        envelope, request = parts[:2], parts[3]
-        key = z85.encode(parts[8]).decode() if len(parts[8]) == 32 else ""
-        known = parts[7] == b"CURVE" and key in self.admitted.get(
-            parts[4].decode("ascii", "replace"), ()
-        )
-        self.refused += not known
-        code, text = (b"200", b"OK") if known else (b"400", b"unknown key")
-        user = key.encode() if known else b""
-        self.socket.send_multipart([*envelope, b"1.0", request, code, text, user, b""])
+        key = z85.encode(parts[8])
+        if key.decode() in self._admitted.get(parts[4].decode("ascii", "replace"), ()):
+            self.socket.send_multipart([*parts[:3], parts[3], b"200", b"OK", key, b""])
+        else:
+            self._waiting.append(parts)
 
     def close(self) -> None:
         """Close the ZAP socket."""

@@ -61,7 +61,7 @@ class Stage:
         split = self.plan.split
         self.context: zmq.Context[Any] = zmq.Context()
         self.door = Doorkeeper(self.context)
-        self.door.admitted = {"submit": set(order.admitted), "ring": set()}
+        self.door.admit("submit", order.admitted)
         public, secret = zmq.curve_keypair()
         self.public, self.secret = public, secret
         ring_bytes_max = max(HEADER_BYTES_MAX, split.batch_tokens * self.plan.shape.hidden * 4)
@@ -102,7 +102,7 @@ class Stage:
     def connect(self, order: StageConnect) -> None:
         """The ring is complete: link to the next stage."""
         if self.push is None and not self.alone:
-            self.door.admitted["ring"] = {order.previous_key}
+            self.door.admit("ring", [order.previous_key])
             self.push = self.context.socket(zmq.PUSH)
             as_client(
                 self.push, order.next_key.encode(), self.public, self.secret, self.ring_bytes_max
@@ -157,13 +157,17 @@ class Stage:
                 case StageConnect():
                     self.connect(order)
                 case StageAdmit(keys):
-                    self.door.admitted["submit"] = set(keys)
+                    self.door.admit("submit", keys)
                 case StageStop():
                     self.stopping = True
 
     def hear_ring(self) -> None:
         """One frame from the stage before this one."""
-        parts = [frame.buffer for frame in self.pull.recv_multipart(copy=False)]
+        try:
+            # Never waits: a link that breaks within a message leaves a socket that seems ready.
+            parts = [frame.buffer for frame in self.pull.recv_multipart(zmq.NOBLOCK, copy=False)]
+        except zmq.Again:
+            return
         try:
             came = decode(parts, self.plan)
             if isinstance(came, Sampled):

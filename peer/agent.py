@@ -1,0 +1,420 @@
+"""The agent between its machines and its shells: events in, actions out, in one order.
+
+What comes from the cluster, the stages, the store and the clock becomes an event of the two pure
+machines, `duty` (this peer's part in plans) and `rollout` (the coordinator's plans); what they ask
+for is done here. It decides nothing: who is asked what is in the machines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from peer.api.service import Piece, ServedModel
+from peer.clockwork import Alarm, Turns
+from peer.cluster.driver import Cluster
+from peer.cluster.identity import Identity
+from peer.config import Config
+from peer.errors import ModelError, NoPlan, PeerError
+from peer.models import transfer
+from peer.models.store import Store
+from peer.models.text import Text
+from peer.planning import duty as d
+from peer.planning import rollout as r
+from peer.planning.plan import Plan, PlanId
+from peer.planning.profile import ModelOffer, Profile
+from peer.protocol import (
+    Announce,
+    ChunkHere,
+    ChunkWanted,
+    Control,
+    ManifestHere,
+    ManifestWanted,
+    Plans,
+    Report,
+    Sampling,
+    StageConnect,
+    StageNews,
+)
+from peer.ring.entry import Entry
+from peer.ring.supervisor import Supervisor, physical_cores
+
+log = logging.getLogger("halka.agent")
+
+
+class Agent:
+    """Everything that this peer is. `spawn` starts a task in the daemon's TaskGroup."""
+
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        store: Store,
+        profile: Profile,
+        spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
+    ) -> None:
+        self.config, self.store, self._spawn = config, store, spawn
+        self.me = identity.peer_id
+        self.cluster = Cluster(config, identity, self)
+        self.profiles: dict[str, Profile] = {self.me: profile}
+        self.offers: dict[str, Sequence[ModelOffer]] = {self.me: ()}
+        self.reports: dict[tuple[str, PlanId], Report] = {}  # as heard while coordinating
+        self.lost_peers: dict[str, tuple[str, str, float]] = {}  # name, why, when
+        self.duty = d.Duty(self.me, config.timing.publish_s)
+        self.rollout = r.Rollout(self.me, config.timing)
+        self.heard: Plans | None = None
+        self.texts: dict[str, Text] = {}
+        self.text_errors: dict[str, str] = {}
+        self.supervisor = Supervisor(self._stage_told, self._stage_exited)
+        self.entry = Entry(
+            identity.public.encode(), identity.secret.encode(), config.timing.step_s + 10
+        )
+        self._turns = Turns()
+        self._duty_alarm = Alarm(lambda: self._duty(d.Tick()))
+        self._rollout_alarm = Alarm(lambda: self._rollout(r.Tick()))
+        self._fetches: dict[PlanId, asyncio.Task[None]] = {}
+        self._words: dict[str, asyncio.Task[None]] = {}
+
+    # From the cluster -------------------------------------------------------------------------
+
+    def joined(self, peer_id: str) -> None:
+        """A peer is a member now."""
+        self.lost_peers.pop(peer_id, None)
+        self.cluster.send(peer_id, self._announcement())
+        self._admit()
+        self._members()
+
+    def lost(self, peer_id: str, why: str) -> None:
+        """A peer is a member no longer."""
+        profile = self.profiles.pop(peer_id, None)
+        self.lost_peers[peer_id] = (profile.name if profile else peer_id, why, time.monotonic())
+        self.offers.pop(peer_id, None)
+        self._admit()
+        self._duty(d.MemberLost(peer_id, why))
+        self._members()
+
+    def elected(self, coordinator: str, term: int) -> None:
+        """Another peer, or this one, coordinates."""
+        if coordinator == self.me:
+            self._members()
+            known = self.heard.states if self.heard else ()
+            self._rollout(r.Elected(term, known))
+        else:
+            self._rollout(r.Deposed())
+            for part in self.duty.parts.values():
+                if part.mine:  # the new one has not heard of it
+                    self._tell(part.report)
+
+    def received(self, peer_id: str, message: Control) -> None:
+        """A message from a member."""
+        match message:
+            case Announce(profile, models):
+                if profile.peer_id == peer_id:
+                    self.profiles[peer_id], self.offers[peer_id] = profile, models
+                    self._members()
+            case Plans():
+                if peer_id == self.cluster.coordinator:
+                    self._hear(message)
+            case Report():
+                self._reported(peer_id, message)
+            case ManifestWanted() | ChunkWanted():
+                self._spawn(self._answer(peer_id, message), f"answer to {peer_id}")
+            case _:
+                log.debug("dropped=%s from=%s", type(message).__name__, peer_id)
+
+    def _announcement(self) -> Announce:
+        return Announce(self.profiles[self.me], tuple(self.offers[self.me])[:64])
+
+    def announce(self, offers: Sequence[ModelOffer]) -> None:
+        """The store has changed: tell everybody what is in it."""
+        if list(offers) != list(self.offers[self.me]):
+            self.offers[self.me] = tuple(offers)
+            self.cluster.broadcast(self._announcement())
+            self._members()
+
+    def _members(self) -> None:
+        present = frozenset({self.me, *self.cluster.members})
+        self._rollout(r.Members(present, dict(self.profiles), dict(self.offers)))
+
+    def _admit(self) -> None:
+        self.supervisor.admit(self._keys())
+
+    def _keys(self) -> tuple[str, ...]:
+        """Keys of all agents that may submit answers to a stage of this peer."""
+        keys = (self.cluster.key_of(peer_id) for peer_id in (self.me, *self.cluster.members))
+        return tuple(key for key in keys if key)
+
+    async def _answer(self, peer_id: str, message: ManifestWanted | ChunkWanted) -> None:
+        self.cluster.send(peer_id, await asyncio.to_thread(transfer.answer, self.store, message))
+
+    # The machines -----------------------------------------------------------------------------
+
+    def _duty(self, event: d.Event) -> None:
+        def turn() -> None:
+            for action in self.duty.step(event, time.monotonic()):
+                self._perform(action)
+            self._duty_alarm.set(self.duty.deadline)
+
+        self._turns.take(turn)
+
+    def _rollout(self, event: r.Event) -> None:
+        def turn() -> None:
+            for action in self.rollout.step(event, time.monotonic()):
+                match action:
+                    case r.Publish(plans):
+                        self.cluster.broadcast(plans)
+                        self._hear(plans)
+                    case r.Note(text):
+                        log.info("role=coordinator term=%d %s", self.cluster.term, text)
+            self._rollout_alarm.set(self.rollout.deadline)
+
+        self._turns.take(turn)
+
+    def _hear(self, plans: Plans) -> None:
+        self.heard = plans
+        self._duty(d.Heard(plans))
+
+    def _tell(self, report: Report) -> None:
+        if self.cluster.coordinator == self.me:
+            self._reported(self.me, report)
+        elif self.cluster.coordinator:
+            self.cluster.send(self.cluster.coordinator, report)
+
+    def _reported(self, peer_id: str, report: Report) -> None:
+        live = {state.plan.id for state in self.rollout.states}
+        self.reports = {k: v for k, v in self.reports.items() if k[1] in live}
+        self.reports[peer_id, report.plan] = report
+        self._rollout(r.Reported(peer_id, report))
+
+    def _perform(self, action: d.Action) -> None:
+        match action:
+            case d.Fetch(plan, parts):
+                self._fetch(plan, parts)
+            case d.StartStage(state):
+                self._spawn(self._start(state.plan), f"start of plan {state.plan.id}")
+            case d.ConnectStage(plan_id, link, previous_key):
+                host = self._host_of(link.peer_id)
+                self.supervisor.send(
+                    plan_id,
+                    StageConnect(f"tcp://{host}:{link.ring_port}", link.key, previous_key),
+                )
+            case d.StopStage(plan_id):
+                if fetch := self._fetches.pop(plan_id, None):
+                    fetch.cancel()
+                self.supervisor.stop(plan_id)
+            case d.Tell(report):
+                self._tell(report)
+            case d.Serve(None):
+                self.entry.serve(None)
+            case d.Serve(plan, link) if plan and link:
+                host = self._host_of(plan.head)
+                self.entry.open(plan.id, f"tcp://{host}:{link.submit_port}", link.key)
+                self.entry.serve(plan.id)
+                self._learn(plan)
+                log.info("serving=%s plan=%s head=%s", plan.shape.model, plan.id, plan.head)
+            case d.EndPlan(plan_id, why):
+                log.info("ended=plan plan=%s because=%s", plan_id, why)
+                self.entry.end(plan_id, self._named(why))
+
+    def _host_of(self, peer_id: str) -> str:
+        """The host by which this peer reaches another (or itself), as an address in a URL."""
+        host = "127.0.0.1" if peer_id == self.me else self.cluster.address_of(peer_id)
+        if host is None:  # its link broke a moment ago: membership will tell
+            host = "127.0.0.1"
+        return f"[{host}]" if ":" in host else host
+
+    def _named(self, text: str) -> str:
+        """Peer ids in a reason, replaced by names that people know."""
+        for peer_id, profile in self.profiles.items():
+            text = text.replace(f"peer {peer_id}", f"peer {profile.name}")
+        for peer_id, (name, _, _) in self.lost_peers.items():
+            text = text.replace(f"peer {peer_id}", f"peer {name}")
+        return text
+
+    # Parts and stages -------------------------------------------------------------------------
+
+    def _fetch(self, plan: Plan, parts: tuple[str, ...]) -> None:
+        if running := self._fetches.pop(plan.id, None):
+            running.cancel()
+        self._fetches[plan.id] = self._spawn(
+            self._fetch_parts(plan, parts), f"parts of plan {plan.id}"
+        )
+
+    async def _fetch_parts(self, plan: Plan, parts: tuple[str, ...]) -> None:
+        digest = plan.shape.digest
+
+        def offers() -> Mapping[str, Sequence[str]]:
+            return {
+                peer_id: offer.parts
+                for peer_id, held in self.offers.items()
+                if peer_id != self.me
+                for offer in held
+                if offer.shape.digest == digest
+            }
+
+        async def ask(
+            peer_id: str, message: ManifestWanted | ChunkWanted
+        ) -> ManifestHere | ChunkHere:
+            return await self.cluster.ask(peer_id, message, self.config.timing.request_s)
+
+        def progress(done: int, total: int) -> None:
+            self._duty(d.Fetching(plan.id, done, total))
+
+        why = ""
+        try:
+            await transfer.fetch(self.store, digest, parts, offers, ask, progress)
+        except (ModelError, PeerError) as error:
+            why = str(error)
+            log.warning("fetched=no plan=%s because=%s", plan.id, why)
+        self._fetches.pop(plan.id, None)
+        self._duty(d.Fetched(plan.id, why))
+
+    async def _start(self, plan: Plan) -> None:
+        part = self.duty.parts.get(plan.id)
+        if part is None or part.dead:
+            return
+        try:
+            await self.supervisor.start(
+                part.state,
+                self.me,
+                self.store.folder(plan.shape.digest),
+                threads=self.config.threads or physical_cores(),
+                step_s=self.config.timing.step_s,
+                bind="127.0.0.1" if set(self.config.interfaces) == {"127.0.0.1"} else "*",
+                admitted=self._keys(),
+            )
+        except OSError as error:
+            self._duty(d.Exited(plan.id, f"its process could not be started: {error.strerror}"))
+            return
+        if plan.id not in self.duty.parts:  # it ended while its process began
+            self.supervisor.stop(plan.id)
+
+    def _stage_told(self, plan: PlanId, news: StageNews) -> None:
+        self._duty(d.Told(plan, news))
+
+    def _stage_exited(self, plan: PlanId, why: str) -> None:
+        self._duty(d.Exited(plan, why))
+
+    # What the API asks for ----------------------------------------------------------------------
+
+    def models(self) -> list[ServedModel]:
+        """Models that are whole somewhere in the cluster, the one that is served first."""
+        state = self.duty.serving()
+        served = state.plan.shape.digest if state else ""
+        found: dict[str, ServedModel] = {}
+        if state:
+            context = state.plan.split.context
+            found[served] = ServedModel(state.plan.shape.model, 0, context, True)
+        for held in self.offers.values():
+            for offer in held:
+                shape, digest = offer.shape, offer.shape.digest
+                known = found.get(digest)
+                if known is None and len(offer.parts) < shape.layers:
+                    continue
+                found[digest] = ServedModel(
+                    shape.model,
+                    max(int(offer.pulled_s), known.created_s if known else 0),
+                    known.context if known else shape.context,
+                    digest == served,
+                    "" if digest == served else self.why_not(),
+                )
+        return list(found.values())
+
+    def why_not(self) -> str:
+        """Why the cluster serves nothing, or not this, in words."""
+        if self.duty.serving():
+            return "another model is served; choose with the setting `model`"
+        if self.duty.why_none:
+            return self.duty.why_none
+        if self.duty.parts:
+            return "the ring is being made ready; try again in a moment"
+        return "the cluster is still forming; try again in a moment"
+
+    def _plan_of(self, model_id: str) -> Plan:
+        state = self.duty.serving()
+        if state is None or state.plan.shape.model != model_id:
+            raise NoPlan(self.why_not())
+        return state.plan
+
+    def context(self, model_id: str) -> int:
+        """Tokens of one request at most."""
+        return self._plan_of(model_id).split.context
+
+    async def text(self, model_id: str) -> Text:
+        """The words of the model that is served. Raises NoPlan, ModelError."""
+        plan = self._plan_of(model_id)
+        if plan.shape.digest not in self.texts and plan.shape.digest not in self._words:
+            self._learn(plan)
+        if learning := self._words.get(plan.shape.digest):
+            await asyncio.shield(learning)
+        text = self.texts.get(plan.shape.digest)
+        if text is None:
+            raise NoPlan(self.text_errors.get(plan.shape.digest, "its words are on their way"))
+        return text
+
+    def _learn(self, plan: Plan) -> None:
+        """Open the words of the served model ahead of the first question."""
+        digest = plan.shape.digest
+        if digest in self.texts or digest in self._words:
+            return
+        if not self.store.has(digest, "head"):
+            self.text_errors[digest] = "head.gguf of the model is still on its way to this peer"
+            return
+        self._words[digest] = self._spawn(self._open_text(plan), f"words of {plan.shape.model}")
+
+    async def _open_text(self, plan: Plan) -> None:
+        digest = plan.shape.digest
+        engine = "fake" if plan.split.windows[0].backend == "fake" else "llama_cpp"
+        head = self.store.folder(digest) / "head.gguf"
+        try:
+            text = await Text.open(engine, head)
+        except ModelError as error:
+            self.text_errors[digest] = str(error)
+            log.warning("words=no model=%s because=%s", plan.shape.model, error)
+        else:
+            self.text_errors.pop(digest, None)
+            for other in [known for known in self.texts if known != digest]:
+                await self.texts.pop(other).close()
+            self.texts[digest] = text
+        finally:
+            self._words.pop(digest, None)
+
+    async def answer(
+        self,
+        request_id: str,
+        model_id: str,
+        ids: Sequence[int],
+        sampling: Sampling,
+        tokens_max: int,
+        ends: tuple[int, ...],
+    ) -> AsyncGenerator[Piece, None]:
+        """The answer to a prompt as it is made; see `api.service.Service`."""
+        plan = self._plan_of(model_id)
+        begun, count = time.monotonic(), 0
+        log.info("request=%s plan=%s prompt_tokens=%d", request_id, plan.id, len(ids))
+        finish = "cancelled"
+        try:
+            async with aclosing(self.entry.answer(tuple(ids), sampling, tokens_max, ends)) as given:
+                async for piece in given:
+                    count += len(piece.ids)
+                    finish = piece.finish or finish
+                    yield Piece(piece.ids, piece.finish)
+        finally:
+            took_s = time.monotonic() - begun
+            log.info("request=%s tokens=%d took_s=%.2f end=%s", request_id, count, took_s, finish)
+
+    async def close(self, why: str) -> None:
+        """Leave the cluster, end stages, answers and words."""
+        for task in [*self._fetches.values(), *self._words.values()]:
+            task.cancel()
+        self._duty_alarm.set(None)
+        self._rollout_alarm.set(None)
+        await self.cluster.close(why)
+        await self.entry.close()
+        await self.supervisor.close()
+        for text in self.texts.values():
+            await text.close()

@@ -1,0 +1,190 @@
+"""`halka run`: builds every object, owns the one TaskGroup, the signals and the readiness.
+
+Order of life: settings → identity (and the lock on HALKA_HOME) → store → what this machine can do →
+cluster → HTTP → ready. Order of death: HTTP first, so that no new answer begins, then the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+from peer import VERSION, notify, report
+from peer.agent import Agent
+from peer.api.server import Server
+from peer.cluster.identity import Identity
+from peer.config import Config
+from peer.errors import ConfigError, HalkaError, ModelError
+from peer.models.store import Store
+from peer.planning import survey
+from peer.planning.profile import ModelOffer, ModelShape
+
+log = logging.getLogger("halka.agent")
+
+STORE_S = 1.0  # between looks at the store: `halka pull` is noticed within a second
+STATUS_S = 5.0  # between lines for `systemctl status`
+
+
+def main(config: Config, warnings: list[str]) -> int:
+    """Run the agent until SIGTERM or SIGINT. Returns an exit code. Raises ConfigError."""
+    _log_to(sys.stderr.fileno(), config.log)
+    for warning in warnings:
+        log.warning("setting=ignored because=%s", warning)
+    identity = Identity(config.home)
+    try:
+        return asyncio.run(Daemon(config, identity).run())
+    except BaseExceptionGroup as group:
+        # Of several failures at once the first is the cause; a plain one is for people to read.
+        known = group.subgroup(HalkaError)
+        while known is not None and isinstance(known.exceptions[0], BaseExceptionGroup):
+            known = known.exceptions[0]
+        if known is None:
+            raise
+        raise known.exceptions[0] from None
+    finally:
+        identity.close()
+
+
+def _log_to(descriptor: int, level: str) -> None:
+    """stderr; without times where systemd adds its own."""
+    journal = "JOURNAL_STREAM" in os.environ
+    form = "%(name)s %(message)s" if journal else "%(asctime)s %(levelname)s %(name)s %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form)
+    logging.getLogger("halka").setLevel(level.upper())
+
+
+class Daemon:
+    """One run of the agent; the service that the API talks to."""
+
+    def __init__(self, config: Config, identity: Identity) -> None:
+        self.config, self.identity = config, identity
+        self.started = time.monotonic()
+        self.stop = asyncio.Event()
+        self.server: Server | None = None
+        self._shapes: dict[str, ModelShape] = {}
+        self._unusable: dict[str, str] = {}
+
+    async def run(self) -> int:
+        """From the first object to the last goodbye."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop.set)
+        store = await asyncio.to_thread(Store, self.config.home)
+        engines = await survey.engines(self.config)
+        profile = await asyncio.to_thread(
+            survey.profile, self.config, self.identity.peer_id, engines
+        )
+        async with asyncio.TaskGroup() as tasks:
+
+            def spawn(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+                return tasks.create_task(work, name=name)
+
+            agent = Agent(self.config, self.identity, store, profile, spawn)
+            self.agent = agent
+            try:
+                await self._begin(agent)
+                helpers = [
+                    spawn(agent.cluster.run(), "cluster"),
+                    spawn(self._watch_store(agent, store), "store"),
+                    spawn(self._tell_service_manager(agent), "service manager"),
+                ]
+                await self.stop.wait()
+            finally:
+                notify.stopping()
+                log.info("agent=stopping")
+                await self._end(agent)
+            for helper in helpers[1:]:
+                helper.cancel()
+        log.info("agent=stopped")
+        return 0
+
+    async def _begin(self, agent: Agent) -> None:
+        await agent.cluster.start()
+        self.server = await Server.start(
+            _Service(agent, self), self.config.http_host, self.config.http_port
+        )
+        await asyncio.to_thread(_write, self.config.home / "http", self.http)
+        log.info("version=%s api=http://%s/v1 home=%s", VERSION, self.http, self.config.home)
+        notify.ready()
+
+    async def _end(self, agent: Agent) -> None:
+        if self.server is not None:
+            await self.server.close()
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread((self.config.home / "http").unlink)
+        await agent.close("its agent was stopped")
+
+    @property
+    def http(self) -> str:
+        """host:port of the API."""
+        return self.server.url.removeprefix("http://").rstrip("/") if self.server else ""
+
+    async def _watch_store(self, agent: Agent, store: Store) -> None:
+        """Offer what is in the store; measure a model once, when it is first seen."""
+        while True:
+            offers = []
+            for stored in await asyncio.to_thread(store.models):
+                shape = await self._shape(agent, store, stored.digest)
+                if shape is not None:
+                    offers.append(ModelOffer(shape, stored.pulled_s, stored.parts))
+            agent.announce(offers)
+            await asyncio.sleep(STORE_S)
+
+    async def _shape(self, agent: Agent, store: Store, digest: str) -> ModelShape | None:
+        if digest in self._shapes or digest in self._unusable:
+            return self._shapes.get(digest)
+        engines = agent.profiles[agent.me].engines
+        if not engines or not await asyncio.to_thread(store.has, digest, "head"):
+            return None
+        try:
+            self._shapes[digest] = await survey.shape(engines[0].backend, store.folder(digest))
+        except ModelError as error:
+            self._unusable[digest] = str(error)
+            log.warning("model=unusable digest=%s because=%s", digest[:12], error)
+        return self._shapes.get(digest)
+
+    async def _tell_service_manager(self, agent: Agent) -> None:
+        every_s = notify.alive_every_s()
+        while True:
+            notify.alive()
+            serving = agent.duty.serving()
+            model = serving.plan.shape.model if serving else "nothing yet"
+            notify.status(f"{len(agent.cluster.members) + 1} peers, serving {model}")
+            await asyncio.sleep(min(every_s or STATUS_S, STATUS_S))
+
+
+class _Service:
+    """`api.service.Service`: the agent, with the daemon's own status."""
+
+    def __init__(self, agent: Agent, daemon: Daemon) -> None:
+        self._agent, self._daemon = agent, daemon
+        self.models, self.text, self.context = agent.models, agent.text, agent.context
+        self.answer = agent.answer
+
+    def status(self) -> Mapping[str, Any]:
+        """The whole status."""
+        return report.status(self._agent, self._daemon.started, self._daemon.http)
+
+    def plan(self) -> Mapping[str, Any] | None:
+        """The plan, with its phase."""
+        return report.plan(self._agent)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".new")
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}). Free disk space, or make {path.parent} "
+            "writable for this user"
+        ) from None

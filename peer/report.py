@@ -1,0 +1,188 @@
+"""What `halka status` says of this agent: a picture of its state, made on demand. Reads only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from peer import VERSION
+from peer.agent import Agent
+from peer.planning.plan import PlanState
+from peer.protocol import PROTOCOL, Report
+from peer.words.state import (
+    Answers,
+    ClusterState,
+    Engine,
+    Me,
+    ModelState,
+    PeerState,
+    Problem,
+    Refusal,
+    Status,
+)
+
+LOST_SHOWN_S = 600.0  # a peer that went away is shown so long
+REFUSED_SHOWN_S = 600.0
+
+
+def status(agent: Agent, started: float, http: str) -> dict[str, Any]:
+    """The whole status as plain values; the shape is `words.state.Status`."""
+    cluster, config = agent.cluster, agent.config
+    shown = _shown(agent)
+    me = agent.profiles[agent.me]
+    return msgspec.to_builtins(  # type: ignore[no-any-return]
+        Status(
+            version=VERSION,
+            protocol=PROTOCOL,
+            me=Me(
+                agent.me,
+                me.name,
+                str(config.home),
+                http,
+                cluster.port,
+                time.monotonic() - started,
+                me.engines[0].backend if me.engines else "",
+            ),
+            cluster=ClusterState(
+                config.cluster, cluster.term, cluster.coordinator, True, cluster.problem
+            ),
+            peers=tuple(_peers(agent, shown)),
+            model=_model(agent, shown),
+            answers=Answers(agent.entry.running, agent.entry.served, agent.entry.failed),
+            refused=tuple(
+                Refusal(turned.host, turned.why, cluster.clock() - turned.at)
+                for turned in cluster.refused
+                if cluster.clock() - turned.at < REFUSED_SHOWN_S
+            ),
+            problems=tuple(_problems(agent, shown)),
+        )
+    )
+
+
+def plan(agent: Agent) -> dict[str, Any] | None:
+    """The plan that serves, else the one that is under way, with its phase."""
+    shown = _shown(agent)
+    if shown is None:
+        return None
+    return {"phase": shown.phase, "why": shown.why, **msgspec.to_builtins(shown.plan)}
+
+
+def _shown(agent: Agent) -> PlanState | None:
+    if serving := agent.duty.serving():
+        return serving
+    states = [part.state for part in agent.duty.parts.values() if not part.dead]
+    return max(states, key=lambda state: state.plan.id, default=None)
+
+
+def _model(agent: Agent, shown: PlanState | None) -> ModelState:
+    if shown is None:
+        return ModelState(why=agent.why_not())
+    plan = shown.plan
+    phase = "serving" if shown.phase == "draining" else shown.phase
+    why = "" if agent.duty.serving() else agent.duty.why_none or shown.why
+    return ModelState(
+        plan.shape.model,
+        plan.shape.digest,
+        plan.shape.layers,
+        plan.split.context,
+        phase,
+        str(plan.id),
+        why,
+    )
+
+
+def _peers(agent: Agent, shown: PlanState | None) -> Iterable[PeerState]:
+    for peer_id in (agent.me, *agent.cluster.members):
+        yield _peer(agent, peer_id, shown)
+    for peer_id, (name, why, at) in agent.lost_peers.items():
+        if time.monotonic() - at < LOST_SHOWN_S:
+            yield PeerState(peer_id=peer_id, name=name, state="lost", why=why)
+
+
+def _peer(agent: Agent, peer_id: str, shown: PlanState | None) -> PeerState:
+    profile = agent.profiles.get(peer_id)
+    member = agent.cluster.members.get(peer_id)
+    mine = peer_id == agent.me
+    address = "" if mine else agent.cluster.address_of(peer_id) or ""
+    basic = PeerState(
+        peer_id=peer_id,
+        name=profile.name if profile else member.name if member else peer_id,
+        address=address,
+        me=mine,
+        coordinator=peer_id == agent.cluster.coordinator,
+        version=VERSION if mine else member.version if member else "",
+    )
+    if profile:
+        basic = msgspec.structs.replace(
+            basic,
+            os=profile.os,
+            cores=profile.cores,
+            memory_total_bytes=profile.memory_total_bytes,
+            memory_available_bytes=profile.memory_available_bytes,
+            engines=tuple(Engine(e.backend, e.device, e.kind) for e in profile.engines),
+        )
+    if shown is None:
+        return basic
+    return _with_plan(agent, basic, shown)
+
+
+def _with_plan(agent: Agent, basic: PeerState, shown: PlanState) -> PeerState:
+    plan, peer_id = shown.plan, basic.peer_id
+    windows = tuple((w.first, w.last) for w in plan.split.windows if w.peer_id == peer_id)
+    if not windows:
+        why = next((out.why for out in plan.split.left_out if out.peer_id == peer_id), "")
+        return msgspec.structs.replace(basic, why=why)
+    predicted = sum(w.memory_bytes for w in plan.split.windows if w.peer_id == peer_id)
+    known = _report(agent, peer_id, shown)
+    if shown.phase in ("serving", "draining"):
+        phase = "serving"
+    elif known:
+        phase = known.phase
+    else:  # its reports go to the coordinator only
+        phase = "ready" if shown.phase == "linking" else "loading"
+    basic = msgspec.structs.replace(basic, layers=windows, phase=phase, weights_bytes=predicted)
+    if known is None:
+        return basic
+    basic = msgspec.structs.replace(
+        basic, done_bytes=known.done_bytes, total_bytes=known.total_bytes, why=known.why
+    )
+    if known.weights_bytes:
+        basic = msgspec.structs.replace(
+            basic,
+            weights_bytes=known.weights_bytes,
+            kv_bytes=known.kv_bytes,
+            compute_bytes=known.compute_bytes,
+        )
+    return basic
+
+
+def _report(agent: Agent, peer_id: str, shown: PlanState) -> Report | None:
+    """What a peer last said of its stage; others' words reach only the coordinator."""
+    if peer_id == agent.me:
+        part = agent.duty.parts.get(shown.plan.id)
+        return part.report if part else None
+    return agent.reports.get((peer_id, shown.plan.id))
+
+
+def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
+    if not agent.profiles[agent.me].engines:
+        yield Problem(
+            "this peer has no engine to run layers with",
+            "run the installer again, or: pip install 'halka[llama]'",
+        )
+    if agent.cluster.problem:
+        yield Problem(agent.cluster.problem, "set `peers` in config.toml if others are not found")
+    if shown is None:
+        why = agent.why_not()
+        yield Problem(why, "halka pull smollm2" if "no model" in why else "halka status --watch")
+    elif agent.duty.serving() is None:
+        yield Problem(f"{shown.plan.shape.model} is not served yet", "halka status --watch")
+    for digest, why in agent.text_errors.items():
+        if shown and digest == shown.plan.shape.digest:
+            yield Problem(f"this peer cannot read the model's words: {why}", "halka status --watch")
+    for part in agent.duty.parts.values():
+        if part.mine and part.dead:
+            yield Problem(f"plan {part.state.plan.id} failed here: {part.dead}", "halka plan")

@@ -1,0 +1,253 @@
+"""Split or whole, the answer is the same: windows against one ordinary llama.cpp context."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends.base import BackendFault, Settings, Window
+from backends.llama_cpp import ENGINE
+from tests.plain_llama import PlainLlama
+from tests.random_models import write
+from tests.rule_models import MODELS
+from tests.smollm2 import smollm2
+from tests.windows import Stored
+
+SETTINGS = Settings(slots=4, kv_cells=2048, batch_tokens=512, threads=1, gpu_layers=0)
+TOKENS = 200
+SHORT = "<|im_start|>user\nHow do bees make honey?<|im_end|>\n<|im_start|>assistant\n"
+LONG = "<|im_start|>user\n" + "The bees fly out at dawn and count the flowers: {}. " * 100
+EDGES = {1: (), 2: (11,), 3: (10, 20), 5: (1, 6, 17, 29)}  # windows → cuts of the 30 layers
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    return Stored(smollm2(), tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[PlainLlama]:
+    with PlainLlama(smollm2(), cells=2048, batch=512) as whole:
+        yield whole
+
+
+@pytest.fixture(scope="module")
+def answers(plain: PlainLlama) -> dict[str, tuple[list[int], list[int]]]:
+    """Prompts and the whole model's answers to them."""
+    found = {}
+    texts = {"short": SHORT, "long": LONG.format(*range(100)) + SHORT}
+    for name, text in texts.items():
+        prompt = plain.tokenise(text)
+        plain.clear()
+        found[name] = (prompt, plain.greedy(prompt, TOKENS, 512))
+    assert 1400 < len(found["long"][0]) < 1700
+    return found
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+@pytest.mark.parametrize("windows", EDGES)
+def test_smollm2_gives_the_same_tokens_through_any_number_of_windows(
+    stored: Stored, answers: dict[str, tuple[list[int], list[int]]], windows: int, length: str
+) -> None:
+    prompt, expected = answers[length]
+    with stored.cut(EDGES[windows], SETTINGS) as ring:
+        assert ring.greedy(prompt, TOKENS, 512) == expected
+
+
+def _story(run: Any, trim: Any, copy: Any, words: int) -> list[np.ndarray[Any, Any]]:
+    """Four sequences in shared batches; one forgets, one becomes a copy, one starts again."""
+    ids = np.random.default_rng(3).integers(3, words, 400).tolist()
+    seen = []
+
+    def step(rows: Sequence[tuple[int, int, int]]) -> None:
+        """rows: (slot, first position, tokens)."""
+        slots = [slot for slot, _, count in rows for _ in range(count)]
+        positions = [first + i for _, first, count in rows for i in range(count)]
+        said = [ids[(slot * 97 + p) % 400] for slot, p in zip(slots, positions, strict=True)]
+        seen.append(run.step(said, positions, slots=slots))
+
+    step([(0, 0, 40), (1, 0, 7), (2, 0, 25), (3, 0, 1)])
+    step([(0, 40, 1), (1, 7, 1), (2, 25, 1), (3, 1, 1)])
+    trim(1, 3)  # rolled back, and then on with other tokens
+    copy(0, 3, 30)
+    step([(0, 41, 1), (1, 3, 9), (2, 26, 1), (3, 30, 2)])
+    trim(2, 0)
+    copy(1, 2, 12)
+    for i in range(4):
+        step([(0, 42 + i, 1), (1, 12 + i, 1), (2, 12 + i, 1), (3, 32 + i, 1)])
+    trim(0, 0)
+    step([(0, 0, 33), (1, 16, 1), (3, 36, 1)])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "edges"),
+    [
+        ("smollm2", ()),
+        ("smollm2", (15,)),
+        ("smollm2", (3, 12, 28)),
+        ("gemma3", (1, 3)),
+        ("gpt-oss-moe", (2, 4)),
+        ("qwen2vl", (1, 5)),
+        ("gemma2-odd-scale", (3,)),
+    ],
+)
+def test_four_sequences_with_rollbacks_and_copies_equal_the_whole_model(
+    tmp_path: Path, stored: Stored, name: str, edges: tuple[int, ...]
+) -> None:
+    model, path = stored, smollm2()
+    if name != "smollm2":
+        path = write(MODELS[name], tmp_path / "model.gguf")
+        model = Stored(path, tmp_path)
+    with PlainLlama(path, cells=2048, batch=512, slots=4) as whole:
+        expected = _story(whole, whole.trim, whole.copy, whole.words)
+        words = whole.words
+    with model.cut(edges, SETTINGS) as ring:
+        given = _story(ring, ring.backend.trim, ring.backend.copy, words)
+    for ours, theirs in zip(given, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_outputs_are_owed_only_for_the_rows_that_ask_for_them(
+    stored: Stored, plain: PlainLlama
+) -> None:
+    ids, positions, outputs = [5000, 6000, 7000, 8000], range(4), [False, True, False, True]
+    plain.clear()
+    expected = plain.step(ids, positions, outputs=outputs)
+    with stored.cut((13,), SETTINGS) as ring:
+        np.testing.assert_array_equal(ring.step(ids, positions, outputs=outputs), expected)
+        nothing = ring.step(ids, range(4, 8), outputs=[False] * 4)
+    assert nothing.shape == (0, 49152)
+
+
+def test_a_loaded_window_tells_what_it_uses(stored: Stored) -> None:
+    backend = ENGINE.open(SETTINGS)
+    try:
+        used = backend.load(stored.window(10, 20))
+        assert 20 << 20 < used.weights_bytes < 25 << 20
+        cells = sum(ENGINE.kv_bytes_per_cell(stored.header)[10:20])
+        assert used.kv_bytes == SETTINGS.kv_cells * cells
+        assert 1 << 20 < used.compute_bytes < 64 << 20
+    finally:
+        backend.close()
+
+
+def test_a_full_kv_cache_is_an_error_that_says_so(stored: Stored) -> None:
+    small = Settings(slots=1, kv_cells=256, batch_tokens=128, threads=1, gpu_layers=0)
+    with stored.cut((15,), small) as ring:
+        for first in (0, 128):
+            ring.step([7] * 128, range(first, first + 128), outputs=[False] * 128)
+        with pytest.raises(BackendFault, match="the KV cache has no room") as caught:
+            ring.step([7], [256])
+    assert caught.value.kind == "memory"
+
+
+def test_odd_batches_are_refused_by_name(stored: Stored) -> None:
+    with stored.cut((15,), SETTINGS) as ring:
+        with pytest.raises(BackendFault, match="513 tokens in a batch of at most 512"):
+            ring.step([7] * 513, range(513))
+        with pytest.raises(BackendFault, match="not among the model's 49152"):
+            ring.step([49152], [0])
+        with pytest.raises(BackendFault, match="there is no slot 4 of 4"):
+            ring.backend.trim(4, 0)
+        with pytest.raises(BackendFault, match="it holds 0"):
+            ring.backend.copy(0, 1, 5)
+
+
+def _answers(names: Sequence[str], errors: Path) -> dict[str, dict[str, Any]]:
+    """What one worker process says of these models, as far as it comes."""
+    found: dict[str, dict[str, Any]] = {}
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.windows", *names],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as worker,
+    ):
+        assert worker.stdout is not None
+        for name, line in zip(names, worker.stdout, strict=False):
+            found[name] = json.loads(line)
+    if len(found) < len(names):  # libllama aborted it
+        why = f"the process ended with {worker.returncode}: {errors.read_text()[-2000:]}"
+        found[names[len(found)]] = {"failed": why}
+    return found
+
+
+@pytest.fixture(scope="module")
+def compared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Every random model that this run asks for; one that ends its process fails alone."""
+    wanted = "test_windows_of_every_row"
+    left = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.name.startswith(wanted)
+    ]
+    found: dict[str, dict[str, Any]] = {}
+    while left:
+        found |= _answers(left, tmp_path_factory.mktemp("worker") / "errors")
+        left = [name for name in left if name not in found]
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_windows_of_every_row_equal_the_whole_model_at_every_allowed_cut(
+    compared: dict[str, dict[str, Any]], name: str
+) -> None:
+    found = compared[name]
+    assert "failed" not in found, found["failed"]
+    assert not found["why"]
+    assert len(found["cuts"]) > 1  # the whole, and at least one cut
+    assert found["spread"] > 0.1  # logits that say something
+    assert found["cuts"] == dict.fromkeys(found["cuts"], 0.0)
+
+
+FORBIDDEN = [
+    ("gpt-oss-moe", 1, 2, "must hold at least one of the layers 0, 2, 4"),
+    ("qwen35", 0, 1, "must hold at least one of the layers 1, 3, 5"),
+    ("qwen35", 1, 2, "must hold at least one of the layers 0, 2, 4"),
+    ("smollm3", 0, 3, "cannot be cut before layer 3"),
+    ("llama", 2, 2, "layers 2 to 2 are not layers of a model of 6"),
+    ("llama", 3, 7, "layers 3 to 7 are not layers of a model of 6"),
+]
+
+
+@pytest.mark.parametrize(("name", "first", "last", "why"), FORBIDDEN)
+def test_forbidden_windows_are_refused_before_anything_is_loaded(
+    tmp_path: Path, name: str, first: int, last: int, why: str
+) -> None:
+    stored = Stored(write(MODELS[name], tmp_path / "model.gguf"), tmp_path)
+    with pytest.raises(BackendFault, match=why) as caught:
+        ENGINE.recipe(stored.header, first, last)
+    assert caught.value.kind == "refused"
+    backend = ENGINE.open(SETTINGS)
+    nowhere = (tmp_path / "nowhere.gguf",)  # that no file is looked for shows in the reason
+    with pytest.raises(BackendFault, match=why) as caught:
+        backend.load(Window(first, last, 6, stored.header, nowhere))
+    assert caught.value.kind == "refused"
+
+
+def test_recurrent_state_is_not_rolled_back_but_refused(tmp_path: Path) -> None:
+    stored = Stored(write(MODELS["qwen35"], tmp_path / "model.gguf"), tmp_path)
+    with stored.cut((2,), SETTINGS) as ring:
+        whole = ring.step([5, 6, 7], range(3))
+        with pytest.raises(BackendFault, match="cannot go back to position 2"):
+            ring.backend.trim(0, 2)
+        ring.backend.copy(0, 1, 3)
+        with pytest.raises(BackendFault, match="recurrent layers know only all of them"):
+            ring.backend.copy(0, 2, 2)
+        both = ring.step([8, 8], [3, 3], slots=[0, 1])
+        np.testing.assert_array_equal(both[0], both[1])
+        ring.backend.trim(0, 0)
+        np.testing.assert_array_equal(ring.step([5, 6, 7], range(3)), whole)
