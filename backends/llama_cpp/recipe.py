@@ -13,6 +13,7 @@ from backends.llama_cpp.rules import (
     TABLE,
     Scale,
     cuts,
+    is_lite,
     number,
     recurrent_layers,
     sliding_layers,
@@ -127,7 +128,7 @@ def _told_by_layers(header: Header) -> dict[str, tuple[str, Any]]:
     if arch != "deepseek2":
         return {}
     write: dict[str, tuple[str, Any]] = {}
-    if "blk.0.attn_q.weight" in header.tensors:  # lite: no low-rank Q
+    if is_lite(header):
         write[f"{arch}.attention.q_lora_rank"] = ("uint32", 0)
     if not number(header, "expert_gating_func"):
         words = len(header.metadata.get("tokenizer.ggml.tokens", ()))

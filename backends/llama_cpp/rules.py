@@ -70,6 +70,11 @@ def per_layer(header: Header, key: str) -> list[Any]:
     return list(value) if isinstance(value, list) else [value] * header.layers
 
 
+def is_lite(header: Header) -> bool:
+    """A deepseek2 without the low-rank Q."""
+    return "blk.0.attn_q.weight" in header.tensors
+
+
 def sliding_layers(header: Header) -> list[bool] | None:
     """Which layers slide, or None where the architecture (or this model) has no sliding window."""
     rule = TABLE.get(header.architecture)
@@ -154,7 +159,10 @@ def _starts(header: Header, period: int, sizes: frozenset[int]) -> tuple[int, ..
 
 def _avoided(header: Header, rule: Rule) -> frozenset[int]:
     """Sizes of windows that llama.cpp would take for another model."""
-    if header.architecture == "smallthinker" and sliding_layers(header) is None:
+    arch = header.architecture
+    if arch == "smallthinker" and sliding_layers(header) is None:
+        return frozenset()
+    if arch == "deepseek2" and is_lite(header):
         return frozenset()
     return frozenset(size for size in rule.counts if size < header.layers)
 
@@ -284,7 +292,7 @@ TABLE: dict[str, Rule] = {
     "baichuan": Rule(head_required=True, counts=(32, 40)),  # 7B: RoPE, 13B: ALiBi, else neither
     "command-r": Rule(special=_tall_command_r),
     "deci": _EXACT,
-    "deepseek2": Rule(counts=(26, 27, 47, 48)),  # the lite models, and GLM 4.7's gating
+    "deepseek2": Rule(counts=(26, 27, 48)),  # taken for a lite model, without the low-rank Q
     "exaone4": Rule(counts=(64,)),  # only the 32B slides
     "glm-dsa": Rule(special=_unlisted_indexers),
     "nanbeige": Rule(special=_looped),

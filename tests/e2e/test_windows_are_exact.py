@@ -201,6 +201,7 @@ def compared(
     return found
 
 
+@pytest.mark.timeout(900)  # the first of them waits for all
 @pytest.mark.parametrize("name", MODELS)
 def test_windows_of_every_row_equal_the_whole_model_at_every_allowed_cut(
     compared: dict[str, dict[str, Any]], name: str

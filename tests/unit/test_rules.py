@@ -1,0 +1,216 @@
+"""backends.llama_cpp.rules, recipe and cache: answers from a header alone, without libllama."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends.base import BackendFault, Header, Stub, TensorFact
+from backends.llama_cpp import ENGINE
+from backends.llama_cpp.rules import _KNOWN_WHOLE, _NO_TEXT, TABLE
+from tests.rule_models import MODELS
+
+
+def header(
+    arch: str, layers: int = 8, *, untied: bool = False, tensors: int | None = None, **keys: Any
+) -> Header:
+    """A model of 64 hidden values, 4 heads and 100 words. Keys: dots as double underscores."""
+    usual: dict[str, Any] = {
+        "block_count": layers,
+        "embedding_length": 64,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+    }
+    usual |= {key.replace("__", "."): value for key, value in keys.items()}
+    metadata = {f"{arch}.{key}": value for key, value in usual.items()}
+    names = [f"blk.{i}.attn_norm.weight" for i in range(layers if tensors is None else tensors)]
+    facts = {name: TensorFact((64,), "F32", 256) for name in names}
+    facts["token_embd.weight"] = TensorFact((64, 100), "Q8_0", 6800)
+    if untied:
+        facts["output.weight"] = TensorFact((64, 100), "Q8_0", 6800)
+    return Header({"general.architecture": arch, **metadata}, facts)
+
+
+def test_the_table_answers_without_loading_libllama() -> None:
+    code = (
+        "import sys, backends.llama_cpp as l; from backends.base import Header;"
+        "l.ENGINE.cuts(Header({'general.architecture': 'llama', 'llama.block_count': 4}, {}));"
+        "assert not any('libllama' in m or m == 'llama_cpp' for m in sys.modules), sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_row_of_the_table_has_a_random_model_that_proves_it() -> None:
+    assert {model.arch for model in MODELS.values()} == set(TABLE)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3moe", "phi3", "qwen2vl", "gpt2"])
+def test_most_architectures_are_cut_before_any_layer(arch: str) -> None:
+    cuts = ENGINE.cuts(header(arch))
+    assert cuts.starts == tuple(range(8))
+    assert cuts.groups == ()
+    assert cuts.why == ""
+
+
+@pytest.mark.parametrize("arch", [*_KNOWN_WHOLE, *_NO_TEXT, "gemma4", "rwkv7", "t5", "bert", ""])
+def test_whatever_has_no_proven_rule_stays_whole_and_says_why(arch: str) -> None:
+    assert arch not in TABLE
+    cuts = ENGINE.cuts(header(arch))
+    assert cuts.starts == (0,)
+    assert len(cuts.why) > 20
+    assert cuts.refusal(0, 8) == ""
+    assert cuts.refusal(0, 4) == cuts.why
+    with pytest.raises(BackendFault, match=r"\w") as caught:
+        ENGINE.recipe(header(arch), 4, 8)
+    assert caught.value.kind == "refused"
+    assert str(caught.value) == cuts.why
+
+
+def test_an_odd_header_keeps_its_model_whole() -> None:
+    odd = {
+        "nextn": header("glm4moe", nextn_predict_layers=1),
+        "its header speaks of 8 layers, its tensors of 9": header("llama", tensors=9),
+        "of 7": header("llama", tensors=7),
+        "has 7 values for 8 layers": header("openelm", attention__head_count=[4] * 7),
+        "may hold one value a layer": header("llama", attention__new_thing=[1.0] * 8),
+        "does not say how many layers": header("llama", 0),
+        "loops": header("nanbeige", num_loops=2),
+    }
+    for why, model in odd.items():
+        assert why in ENGINE.cuts(model).why
+        assert ENGINE.cuts(model).starts == (0,)
+
+
+def test_a_model_of_four_layers_keeps_its_four_rope_sections() -> None:
+    model = header("qwen2vl", 4, rope__dimension_sections=[4, 6, 6, 0])
+    assert ENGINE.cuts(model).starts == (0, 1, 2, 3)
+    assert "qwen2vl.rope.dimension_sections" not in ENGINE.recipe(model, 1, 3).write
+
+
+def test_numbers_of_layers_by_which_llama_cpp_knows_a_model_forbid_a_split() -> None:
+    for arch, layers in [("baichuan", 32), ("baichuan", 40), ("exaone4", 64), ("command-r", 64)]:
+        assert "llama.cpp" in ENGINE.cuts(header(arch, layers)).why
+        assert ENGINE.cuts(header(arch, layers - 1)).why == ""
+    for arch, layers in [("gemma2", 46), ("gemma3", 62)]:
+        big = header(arch, layers, attention__key_length=32, attention__sliding_window=8)
+        assert f"by its {layers} layers" in ENGINE.cuts(big).why
+        same = header(arch, layers, attention__key_length=16, attention__sliding_window=8)
+        assert ENGINE.cuts(same).why == ""
+
+
+def test_no_window_has_a_number_of_layers_that_llama_cpp_takes_for_another_model() -> None:
+    taken = {"deepseek2": {26, 27, 48}, "smallthinker": {4}}
+    for arch, layers in [("deepseek2", 61), ("deepseek2", 60), ("smallthinker", 52)]:
+        cuts = ENGINE.cuts(header(arch, layers, attention__sliding_window=8))
+        assert len(cuts.starts) >= 3
+        edges = [*cuts.starts, layers]
+        apart = {b - a for a in edges for b in edges if b > a}
+        assert not apart & taken[arch]
+
+
+def test_every_window_of_a_sliding_model_holds_a_sliding_layer() -> None:
+    for arch, first_full in [("gpt-oss", 1), ("cohere2", 3), ("cohere2moe", 0), ("gemma2", 1)]:
+        cuts = ENGINE.cuts(header(arch))
+        assert cuts.starts == tuple(range(8))
+        assert first_full not in cuts.groups[0]
+        assert "must hold at least one of the layers" in cuts.refusal(first_full, first_full + 1)
+    named = header("mimo2", attention__sliding_window_pattern=[True, False, False, True] * 2)
+    assert ENGINE.cuts(named).groups == ((0, 3, 4, 7),)
+    assert ENGINE.cuts(named).refusal(1, 3)
+    assert not ENGINE.cuts(named).refusal(1, 4)
+    none = header("mimo2", attention__sliding_window_pattern=[False] * 8)
+    assert ENGINE.cuts(none).starts == (0,)
+    assert ENGINE.cuts(none).why
+
+
+def test_a_model_without_a_sliding_window_needs_no_sliding_layer() -> None:
+    assert ENGINE.cuts(header("gemma3")).groups == ()
+    assert ENGINE.cuts(header("gemma3", attention__sliding_window=512)).groups != ()
+
+
+def test_windows_of_a_hybrid_hold_both_kinds_of_layers() -> None:
+    cuts = ENGINE.cuts(header("qwen3next"))
+    assert cuts.groups == ((0, 1, 2, 4, 5, 6), (3, 7))
+    assert cuts.refusal(0, 3)
+    assert not cuts.refusal(0, 4)
+    assert not cuts.refusal(2, 5)
+
+
+def test_a_recipe_of_an_inner_window_has_no_words_and_its_own_slices() -> None:
+    heads = [4, 4, 2, 2, 4, 4, 8, 8]
+    model = header("openelm", attention__head_count=heads, leading_dense_block_count=3)
+    recipe = ENGINE.recipe(model, 2, 5)
+    assert recipe.write["openelm.block_count"] == ("uint32", 3)
+    assert recipe.write["openelm.attention.head_count"] == ("array:uint32", [2, 2, 4])
+    assert recipe.write["openelm.leading_dense_block_count"] == ("uint32", 1)
+    assert recipe.write["openelm.attention.key_length"] == ("uint32", 16)  # of layer 0, not of 2
+    assert recipe.write["tokenizer.ggml.model"] == ("string", "none")
+    assert recipe.write["openelm.vocab_size"] == ("uint32", 1)
+    assert "tokenizer." in recipe.drop
+    assert recipe.stubs == (Stub("token_embd.weight", (64, 1)),)
+    assert not recipe.embed
+    assert not recipe.output
+
+
+def test_a_last_window_takes_the_output_head_and_never_the_embedding_of_an_untied_model() -> None:
+    tied = ENGINE.recipe(header("llama"), 4, 8)
+    assert (tied.embed, tied.output, tied.stubs) == (True, False, ())
+    untied = ENGINE.recipe(header("llama", untied=True), 4, 8)
+    assert (untied.embed, untied.output, untied.stubs) == (False, True, ())
+    assert untied.rename == {"output.weight": "token_embd.weight"}
+    insists = ENGINE.recipe(header("gpt-oss", untied=True), 4, 8)
+    assert (insists.embed, insists.output, insists.rename) == (False, True, {})
+    assert insists.stubs == (Stub("token_embd.weight", (64, 100)),)
+    assert "tokenizer." not in untied.drop
+    whole = ENGINE.recipe(header("llama", untied=True), 0, 8)
+    assert (whole.embed, whole.output, dict(whole.write)) == (True, True, {})
+
+
+def test_later_windows_add_no_positions_and_scale_nothing() -> None:
+    model = header("gpt2")
+    model.tensors["position_embd.weight"] = TensorFact((64, 32), "F32", 8192)  # type: ignore[index]
+    assert ENGINE.recipe(model, 0, 4).without == ()
+    later = ENGINE.recipe(model, 4, 8)
+    assert later.without == ("position_embd.weight",)
+    assert Stub("position_embd.weight", (64, 32)) in later.stubs
+    scaled = header("granite", embedding_scale=12.0)
+    assert "granite.embedding_scale" not in ENGINE.recipe(scaled, 0, 4).write
+    assert ENGINE.recipe(scaled, 4, 8).write["granite.embedding_scale"] == ("float32", 0.0)
+
+
+def test_what_llama_cpp_works_out_from_the_layers_is_written_down() -> None:
+    kind, scale = ENGINE.recipe(header("minicpm", 40), 3, 9).write["minicpm.residual_scale"]
+    assert kind == "float32"
+    assert scale == np.float32(1.4) / np.sqrt(np.float32(40))
+    given = ENGINE.recipe(header("minicpm", residual_scale=0.5), 0, 4).write
+    assert "minicpm.residual_scale" not in given
+    lite = header("deepseek2", 27)
+    lite.tensors["blk.0.attn_q.weight"] = TensorFact((64, 64), "F32", 16384)  # type: ignore[index]
+    write = ENGINE.recipe(lite, 0, 9).write
+    assert write["deepseek2.attention.q_lora_rank"] == ("uint32", 0)
+    assert write["deepseek2.expert_gating_func"] == ("uint32", 1)
+    glm = header("deepseek2", 47, vocab_size=154880)
+    assert ENGINE.cuts(glm).starts[:3] == (0, 4, 8)
+    assert ENGINE.recipe(glm, 0, 8).write["deepseek2.expert_gating_func"] == ("uint32", 2)
+
+
+def test_kv_cells_are_counted_in_float16_layer_by_layer() -> None:
+    assert ENGINE.kv_bytes_per_cell(header("llama")) == (2 * 2 * 16 * 2,) * 8
+    wide = header("llama", attention__key_length=32, attention__value_length=8)
+    assert ENGINE.kv_bytes_per_cell(wide) == (2 * (32 + 8) * 2,) * 8
+    uneven = header("openelm", 3, attention__head_count_kv=[1, 2, 0])
+    assert ENGINE.kv_bytes_per_cell(uneven) == (64, 128, 0)
+    assert ENGINE.kv_bytes_per_cell(header("mamba")) == (0,) * 8
+    hybrid = ENGINE.kv_bytes_per_cell(header("qwen3next"))
+    assert [size > 0 for size in hybrid] == [False, False, False, True] * 2
+    mla = header(
+        "deepseek2",
+        attention__key_length=576,
+        attention__value_length=512,
+        attention__key_length_mla=192,
+    )
+    assert ENGINE.kv_bytes_per_cell(mla) == ((576 + 512) * 2,) * 8
