@@ -82,8 +82,7 @@ run() { # COMMAND…: run it, or only show it
 
 remember() { # LINE: for --uninstall; lines from before the folder exists wait in `unwritten`
     [ "$dry" = no ] || return 0
-    unwritten="${unwritten:-}$*
-"
+    unwritten="${unwritten:-}$*"$'\n'
     if [ -d "$lib" ]; then
         printf '%s' "$unwritten" >>"$record"
         unwritten=''
