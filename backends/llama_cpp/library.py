@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+import os
 import re
 from collections import deque
 from dataclasses import dataclass, field
@@ -130,6 +131,9 @@ class Library:
 @cache
 def library() -> Library:
     """Load libllama once. Raises ImportError where llama-cpp-python is not installed."""
+    # An abort in ggml would start a debugger for a backtrace, and the stage would die in seconds
+    # instead of at once.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     llama = importlib.import_module("llama_cpp.llama_cpp")
     ggml = llama._lib  # dlsym on its handle also finds the symbols of libggml, which it links
     for name, (result, arguments) in _GGML.items():

@@ -175,7 +175,8 @@ def _answers(names: Sequence[str], errors: Path) -> dict[str, dict[str, Any]]:
         ) as worker,
     ):
         assert worker.stdout is not None
-        for name, line in zip(names, worker.stdout, strict=False):
+        lines = (line for line in worker.stdout if line.startswith("{"))
+        for name, line in zip(names, lines, strict=False):
             found[name] = json.loads(line)
     if len(found) < len(names):  # libllama aborted it
         why = f"the process ended with {worker.returncode}: {errors.read_text()[-2000:]}"
