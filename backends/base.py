@@ -85,10 +85,11 @@ class Cuts:
 
 @dataclass(frozen=True, slots=True)
 class Stub:
-    """A tensor of zeros in F32 that the loader insists on and the window never uses."""
+    """A tensor of zero bytes that the loader insists on and the window never uses."""
 
     name: str
     shape: tuple[int, ...]
+    type: str = "F32"  # GGML type name
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class Recipe:
     `drop`, then applies `write` (key → (GGUF type name, value); "array:bool" and the like for
     arrays), adds the tensors of head.gguf except those in `without`, and the `stubs`. The parts of
     the window's layers follow as splits, numbered from 0; embed.gguf and output.gguf where asked,
-    their tensors named as `rename` says (in the headers, which are rewritten anyway; no data moves).
+    their tensors named as `rename` says (in headers that are rewritten anyway; no data moves).
     """
 
     write: Mapping[str, tuple[str, Any]]
@@ -253,7 +254,7 @@ class Engine(Protocol):
         ...
 
     def recipe(self, header: Header, first: int, last: int) -> Recipe:
-        """How to write the main file of the window [first, last). Raises BackendFault if refused."""
+        """How to write the main file of the window [first, last). Raises BackendFault."""
         ...
 
     def kv_bytes_per_cell(self, header: Header) -> tuple[int, ...]:

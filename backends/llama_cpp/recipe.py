@@ -50,7 +50,9 @@ def recipe(header: Header, first: int, last: int) -> Recipe:
         return _open_ended(header, write, drop, without, stubs)
     rename: dict[str, str] = {}
     if untied and rule.head_required:
-        stubs += (Stub("token_embd.weight", header.tensors["token_embd.weight"].shape),)
+        # The loader maps it whole: of small words, or a tail would hold gigabytes of zeros.
+        shape = header.tensors["token_embd.weight"].shape
+        stubs += (Stub("token_embd.weight", shape, "F32" if shape[0] % 32 else "Q4_0"),)
     elif untied:  # libllama uses a tied embedding as the head, and embeds nothing here
         rename = {"output.weight": "token_embd.weight"}
     return Recipe(write, drop, without, stubs, embed=not untied, output=untied, rename=rename)

@@ -153,7 +153,7 @@ class _Main:
         metadata["split.count"] = Value("uint16", files)
         metadata["split.tensors.count"] = Value("int32", tensors)
         infos = [(t.name, t.shape, t.type) for t in self._copied]
-        infos += [(stub.name, stub.shape, "F32") for stub in self._stubs]
+        infos += [(stub.name, stub.shape, stub.type) for stub in self._stubs]
         header = gguf.header_bytes(metadata, infos)
         sizes = [gguf.aligned(gguf.tensor_bytes(kind, shape)) for _, shape, kind in infos]
         temporary = path.with_name(f"{path.name}.new")

@@ -240,6 +240,24 @@ def test_forbidden_windows_are_refused_before_anything_is_loaded(
     assert caught.value.kind == "refused"
 
 
+def test_a_rollback_by_more_than_the_sliding_window_finds_what_was_there(tmp_path: Path) -> None:
+    stored = Stored(write(MODELS["gemma3"], tmp_path / "model.gguf"), tmp_path)
+    narrow = Settings(slots=1, kv_cells=2048, batch_tokens=32, threads=1, gpu_layers=0)
+    ids = np.random.default_rng(5).integers(3, 290, 1024).tolist()
+
+    def feed(ring: Any, first: int, last: int) -> Any:
+        for a in range(first, last, 32):
+            logits = ring.step(ids[a : a + 32], range(a, a + 32))
+        return logits
+
+    with stored.cut((2, 4), narrow) as ring:
+        feed(ring, 0, 96)
+        expected = feed(ring, 96, 128)
+        feed(ring, 128, 1024)  # sliding layers have long lost sight of position 64
+        ring.backend.trim(0, 96)
+        np.testing.assert_array_equal(feed(ring, 96, 128), expected)
+
+
 def test_recurrent_state_is_not_rolled_back_but_refused(tmp_path: Path) -> None:
     stored = Stored(write(MODELS["qwen35"], tmp_path / "model.gguf"), tmp_path)
     with stored.cut((2,), SETTINGS) as ring:

@@ -164,7 +164,7 @@ def test_a_last_window_takes_the_output_head_and_never_the_embedding_of_an_untie
     assert untied.rename == {"output.weight": "token_embd.weight"}
     insists = ENGINE.recipe(header("gpt-oss", untied=True), 4, 8)
     assert (insists.embed, insists.output, insists.rename) == (False, True, {})
-    assert insists.stubs == (Stub("token_embd.weight", (64, 100)),)
+    assert insists.stubs == (Stub("token_embd.weight", (64, 100), "Q4_0"),)
     assert "tokenizer." not in untied.drop
     whole = ENGINE.recipe(header("llama", untied=True), 0, 8)
     assert (whole.embed, whole.output, dict(whole.write)) == (True, True, {})
