@@ -15,7 +15,7 @@ HalkaError
 │   └── OutOfMemory    the window does not fit
 ├── AnswerFailed       an answer that began cannot go on; says why (error event in the stream)
 ├── RequestError       the client's request is wrong (HTTP 400 unless the status says otherwise)
-└── CommandError       what the user typed cannot be done; raised by words, shown by cli with its exit code
+└── CommandError       what was typed cannot be done; raised by words, shown by cli with its exit code
 """
 
 from __future__ import annotations
