@@ -26,7 +26,7 @@ from peer.models.text import Text
 from peer.planning import duty as d
 from peer.planning import rollout as r
 from peer.planning.plan import Plan, PlanId
-from peer.planning.profile import ModelOffer, Profile
+from peer.planning.profile import PEERS_MAX, ModelOffer, Profile
 from peer.protocol import (
     Announce,
     ChunkHere,
@@ -90,9 +90,13 @@ class Agent:
 
     def lost(self, peer_id: str, why: str) -> None:
         """A peer is a member no longer."""
-        profile = self.profiles.pop(peer_id, None)
+        # What it told is kept: should it come back without having noticed, it will not tell again.
+        profile = self.profiles.get(peer_id)
         self.lost_peers[peer_id] = (profile.name if profile else peer_id, why, time.monotonic())
-        self.offers.pop(peer_id, None)
+        for forgotten in list(self.lost_peers)[:-PEERS_MAX]:
+            del self.lost_peers[forgotten]
+            self.profiles.pop(forgotten, None)
+            self.offers.pop(forgotten, None)
         self._admit()
         self._duty(d.MemberLost(peer_id, why))
         self._members()
@@ -251,7 +255,7 @@ class Agent:
             return {
                 peer_id: offer.parts
                 for peer_id, held in self.offers.items()
-                if peer_id != self.me
+                if peer_id in self.cluster.members
                 for offer in held
                 if offer.shape.digest == digest
             }
@@ -309,8 +313,8 @@ class Agent:
         if state:
             context = state.plan.split.context
             found[served] = ServedModel(state.plan.shape.model, 0, context, True)
-        for held in self.offers.values():
-            for offer in held:
+        for peer_id in (self.me, *self.cluster.members):
+            for offer in self.offers.get(peer_id, ()):
                 shape, digest = offer.shape, offer.shape.digest
                 known = found.get(digest)
                 if known is None and len(offer.parts) < shape.layers:
@@ -393,19 +397,10 @@ class Agent:
         ends: tuple[int, ...],
     ) -> AsyncGenerator[Piece, None]:
         """The answer to a prompt as it is made; see `api.service.Service`."""
-        plan = self._plan_of(model_id)
-        begun, count = time.monotonic(), 0
-        log.info("request=%s plan=%s prompt_tokens=%d", request_id, plan.id, len(ids))
-        finish = "cancelled"
-        try:
-            async with aclosing(self.entry.answer(tuple(ids), sampling, tokens_max, ends)) as given:
-                async for piece in given:
-                    count += len(piece.ids)
-                    finish = piece.finish or finish
-                    yield Piece(piece.ids, piece.finish)
-        finally:
-            took_s = time.monotonic() - begun
-            log.info("request=%s tokens=%d took_s=%.2f end=%s", request_id, count, took_s, finish)
+        self._plan_of(model_id)
+        async with aclosing(self.entry.answer(tuple(ids), sampling, tokens_max, ends)) as given:
+            async for piece in given:
+                yield Piece(piece.ids, piece.finish)
 
     async def close(self, why: str) -> None:
         """Leave the cluster, end stages, answers and words."""

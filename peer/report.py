@@ -55,7 +55,8 @@ def status(agent: Agent, started: float, http: str) -> dict[str, Any]:
             refused=tuple(
                 Refusal(turned.host, turned.why, cluster.clock() - turned.at)
                 for turned in cluster.refused
-                if cluster.clock() - turned.at < REFUSED_SHOWN_S
+                if turned.code != "cluster"  # a neighbour's ring is nothing to worry about
+                and cluster.clock() - turned.at < REFUSED_SHOWN_S
             ),
             problems=tuple(_problems(agent, shown)),
         )

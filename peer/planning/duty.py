@@ -199,8 +199,8 @@ class Duty:
         listed = {state.plan.id: state for state in plans.states}
         for plan_id in [p for p in self.parts if p not in listed]:
             part = self.parts.pop(plan_id)
-            why = self._end_of(part, plans)
-            actions += [EndPlan(plan_id, why), StopStage(plan_id)]
+            if not part.dead:
+                actions += [EndPlan(plan_id, self._end_of(part, plans)), StopStage(plan_id)]
         for plan_id, state in listed.items():
             part_or_none = self.parts.get(plan_id)
             if part_or_none is None:
@@ -326,8 +326,6 @@ class Duty:
 
     def _end_of(self, part: Part, plans: Plans) -> str:
         """Why a plan that is no longer listed is over, in words for the one who waits."""
-        if part.dead:
-            return part.dead
         for peer_id in part.state.plan.ring:
             if peer_id in self._gone:
                 return f"peer {peer_id} was lost: {self._gone[peer_id]}"
