@@ -7,6 +7,7 @@ found to be a digest or a part's name, and no link inside of the store is follow
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -188,10 +189,12 @@ class Store:
                 os.fsync(out.fileno())
             os.utime(path, (pulled_s, pulled_s))
             disk.sync_folder(folder)
-            if target.exists():
-                self._merge(folder, target, manifest)
-            else:
+            try:
                 folder.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                self._merge(folder, target, manifest)
             disk.sync_folder(self.root)
         self._manifests[manifest.digest] = manifest
 

@@ -7,6 +7,7 @@ work is done in threads; no await is without an end, because `ask` has a deadlin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -151,6 +152,7 @@ class _Fetch:
             for task in tasks.values():
                 task.cancel()
         if self._fatal:
+            await _in_thread(self._give_up)
             raise self._fatal
         if why:
             raise PartError(why)
@@ -161,6 +163,16 @@ class _Fetch:
         sizes = sum(self._manifest.part(n).file_bytes for n in self._missing)
         disk.require(self._store.folder(self._manifest.digest), sizes - sum(arrived.values()))
         return arrived
+
+    def _give_up(self) -> None:
+        """Free the space of what arrived: the disk is full, or the model is not usable."""
+        for name in self._missing:
+            with contextlib.closing(Partial(self._store, self._manifest, name)) as partial:
+                try:
+                    if partial.open():
+                        partial.discard()
+                except (Busy, ModelError, OSError) as error:
+                    log.debug("kept=%s because=%s", name, error)
 
     async def _part(self, start: Start) -> None:
         """Fetch one part from one source, and tell the machine how it went."""
