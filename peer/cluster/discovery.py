@@ -87,9 +87,13 @@ class Discovery:
                     tasks.create_task(self._ask_static(place))
                 await asyncio.Event().wait()  # the doors stay open, also with nothing to look for
         finally:
-            for door in self._doors.values():
-                door.close()
-            self._doors.clear()
+            self.close()
+
+    def close(self) -> None:
+        """Close the key doors. Nobody is answered any more."""
+        for door in self._doors.values():
+            door.close()
+        self._doors.clear()
 
     def usable(self, sighted: Sighted) -> Sighted:
         """The sighting with the addresses that this machine may dial on another's word."""

@@ -123,15 +123,13 @@ class Cluster:
         self.clock = clock
         self._config, self._identity, self._listener = config, identity, listener
         self._version, self._protocol = version, protocol
-        now = clock()
-        self._membership = m.Membership(self.me, config.timing, now)
-        self._election = e.Election(self.me, config.timing, now, term=identity.term)
+        self._make_machines()
         self._inbox: deque[m.Event | e.Event] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
         self._due = asyncio.Event()
         self._stop, self._ended = asyncio.Event(), asyncio.Event()
-        self._goodbye = ""
+        self._goodbye, self._running = "", False
         self._members: dict[str, Member] = {}
         self._links: dict[str, transport.Linked] = {}
         self._refused: dict[tuple[str, str, bool], Turned] = {}
@@ -262,11 +260,15 @@ class Cluster:
 
     async def run(self) -> None:
         """Take part until `close` or cancellation."""
-        if self._transport is None:
-            await self.start()
-        assert self._transport is not None
-        self._remembered = {s.peer_id: s for s in self._identity.remembered()}
+        if self._stop.is_set():
+            return
+        self._running = True
         try:
+            if self._transport is None:
+                await self.start()
+            assert self._transport is not None
+            remembered = await asyncio.to_thread(self._identity.remembered)
+            self._remembered = {sighted.peer_id: sighted for sighted in reversed(remembered)}
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 jobs = [
@@ -276,7 +278,9 @@ class Cluster:
                         self._watch_interfaces(), self._write_memory(),
                     )
                 ]  # fmt: skip
-                for sighted in self._remembered.values():
+                await self._transport.running.wait()
+                self._make_machines()  # listening for a coordinator begins here
+                for sighted in remembered:
                     self._seen(sighted)
                 self._feed(m.Tick(), e.Tick())
                 await self._stop.wait()
@@ -289,14 +293,26 @@ class Cluster:
                 self._timer.cancel()
             for peer_id in tuple(self._members):
                 self._asks.lost(peer_id, "this peer is ending")
+            self._free()
             self._ended.set()
 
     async def close(self, why: str) -> None:
         """Say goodbye, so that others need not wait for silence, and end `run`."""
         self._goodbye = why
         self._stop.set()
-        if self._tasks is not None:
+        if self._running:
             await self._ended.wait()
+        self._free()
+
+    def _make_machines(self) -> None:
+        now, timing = clock(), self._config.timing
+        self._membership = m.Membership(self.me, timing, now)
+        self._election = e.Election(self.me, timing, now, term=self._identity.term)
+
+    def _free(self) -> None:
+        self.discovery.close()
+        if self._transport is not None:
+            self._transport.close()
 
     # Events to machines, actions to sockets -------------------------------------------------------
 
@@ -415,6 +431,7 @@ class Cluster:
             introduce=self._hello,
             judge=self._judge,
             complaints=self.complaints,
+            protocol=self._protocol,
         )
 
     def _told(self, event: transport.Event) -> None:

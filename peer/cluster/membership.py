@@ -158,9 +158,11 @@ class Membership:
     now: float
     _peers: dict[str, _Peer] = field(default_factory=dict, init=False)
     _beat_at: float = field(default=0.0, init=False)
+    _lenient_until: float = field(default=-math.inf, init=False)
+    _deadline: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self._beat_at = self.now + self.timing.beat_s
+        self._beat_at = self._deadline = self.now + self.timing.beat_s
 
     @property
     def members(self) -> frozenset[str]:
@@ -170,15 +172,7 @@ class Membership:
     @property
     def deadline(self) -> float:
         """When the next Tick is due. At most a beat away: lateness is noticed by it."""
-        at = self._beat_at
-        dials_left = DIALS_MAX - sum(peer.dialling for peer in self._peers.values())
-        for peer in self._peers.values():
-            at = min(at, peer.dialling_until)
-            if peer.member:
-                at = min(at, self._lost_at(peer))
-            if dials_left > 0 and not peer.linked and not peer.dialling and peer.addresses:
-                at = min(at, peer.dial_at)
-        return at
+        return self._deadline
 
     def addresses_of(self, peer_id: str) -> tuple[str, ...]:
         """Where the peer was seen, best first."""
@@ -191,6 +185,11 @@ class Membership:
 
     def step(self, event: Event, now: float) -> list[Action]:
         """Take one event, return what to do about it, in order."""
+        if type(event) is Heard and now < self._deadline:
+            # By far the most frequent event; it only ever moves what is due away.
+            if (peer := self._peers.get(event.peer_id)) is not None:
+                peer.heard = now
+            return []
         actions: list[Action] = []
         self._forgive(now)
         self.now = now
@@ -213,23 +212,25 @@ class Membership:
                 actions += self._lose(peer_id, why or "it said goodbye")
             case Tick():
                 pass
-        return actions + self._check()
+        actions += self._check()
+        self._deadline = self._next()
+        return actions
 
     def _forgive(self, now: float) -> None:
         """Move all clocks by the time in which this process did not run.
 
-        After a long pause the others have every right to be heard anew: they may have hung up on
-        us meanwhile, and that is our doing.
+        After a long pause the others may have hung up on us, which is our doing: nobody is lost
+        before there was time to link again.
         """
-        late = now - self.deadline
+        late = now - self._deadline
         if late <= LATE_S:
             return
-        long = late > self.timing.silence_s / 2
+        if late > self.timing.silence_s / 2:
+            self._lenient_until = now + self.timing.dial_s
         for peer in self._peers.values():
-            if peer.member:
-                peer.heard = now if long else peer.heard + late
+            peer.heard += late
             if peer.broken < math.inf:
-                peer.broken = now if long else peer.broken + late
+                peer.broken += late
             if peer.dialling:
                 peer.dialling_until += late
 
@@ -318,7 +319,22 @@ class Membership:
     # Time -----------------------------------------------------------------------------------------
 
     def _lost_at(self, peer: _Peer) -> float:
-        return min(peer.heard + self.timing.silence_s, peer.broken + self.timing.regret_s)
+        at = min(peer.heard + self.timing.silence_s, peer.broken + self.timing.regret_s)
+        return max(at, self._lenient_until)
+
+    def _next(self) -> float:
+        at = self._beat_at
+        may_dial = self._dialling() < DIALS_MAX
+        for peer in self._peers.values():
+            at = min(at, peer.dialling_until)
+            if peer.member:
+                at = min(at, self._lost_at(peer))
+            if may_dial and not peer.linked and not peer.dialling and peer.addresses:
+                at = min(at, peer.dial_at)
+        return at
+
+    def _dialling(self) -> int:
+        return sum([peer.dialling_until < math.inf for peer in self._peers.values()])
 
     def _check(self) -> list[Action]:
         actions: list[Action] = []
@@ -337,7 +353,7 @@ class Membership:
 
     def _dial(self) -> list[Action]:
         dials: list[Action] = []
-        free = DIALS_MAX - sum(peer.dialling for peer in self._peers.values())
+        free = DIALS_MAX - self._dialling()
         waiting = sorted(
             (not peer.member, peer.tries, peer.dial_at, peer_id)
             for peer_id, peer in self._peers.items()

@@ -34,6 +34,7 @@ from peer.cluster.identity import peer_id_of
 from peer.errors import ProtocolError
 from peer.protocol import (
     MESSAGE_BYTES_MAX,
+    PROTOCOL,
     Control,
     Goodbye,
     Hello,
@@ -50,7 +51,7 @@ DOMAIN = b"halka"  # of ZAP; must be the same on the socket and in the handler's
 QUEUE_MESSAGES = 256  # for each link and direction; beyond it messages are dropped, not stored
 YIELD_EVERY = 32  # messages; awaiting what is there already would never let others run
 INCOMING_MAX = 2  # connections from one peer that are kept; an older one was replaced
-FAREWELL_MS = 300  # for a goodbye to leave; a peer that takes longer misses it and hears silence
+FAREWELL_S = 0.1  # for a goodbye to leave; a peer that takes longer misses it and hears silence
 _ENDED = (
     zmq.Event.DISCONNECTED
     | zmq.Event.CLOSED
@@ -144,9 +145,12 @@ class Transport:
         introduce: Callable[[], Hello],
         judge: Callable[[Hello | Welcome, str], Refused | None],
         complaints: Complaints,
+        protocol: int = PROTOCOL,
     ) -> None:
+        self._protocol = protocol
         self._public, self._secret = public, secret
-        self._tell, self._introduce, self._judge = tell, introduce, judge
+        self._listener, self._introduce, self._judge = tell, introduce, judge
+        self._leaving = False
         self._complaints = complaints
         self._context = zmq.asyncio.Context()
         self._router: Any = None
@@ -157,6 +161,7 @@ class Transport:
         self._strangers: dict[int, str] = {}  # fd → host, until the connection proves itself
         self._tasks: asyncio.TaskGroup | None = None
         self.port = 0
+        self.running = asyncio.Event()  # dials are possible
 
     # Life -----------------------------------------------------------------------------------------
 
@@ -198,6 +203,7 @@ class Transport:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
+                self.running.set()
                 tasks.create_task(self._answer_zap())
                 tasks.create_task(self._read_router())
                 tasks.create_task(self._watch_router())
@@ -206,22 +212,11 @@ class Transport:
             self._context.destroy(linger=0)
 
     async def farewell(self, why: str) -> None:
-        """Say goodbye on every link and give it a moment to leave. `run` is cancelled next."""
+        """Say goodbye on every link and give it a moment to leave. Nothing is told any more."""
         for peer_id in list(self._links):
             self.send(peer_id, Goodbye(why=why))
-        sockets = [self._router, *(path.socket for path in self._dials.values())]
-        tasks = [path.task for path in self._dials.values() if path.task is not None]
-        self._links.clear()
-        self._dials.clear()
-        self._incoming.clear()
-        for task in tasks:
-            task.cancel()
-        for each in sockets:
-            each.setsockopt(zmq.LINGER, FAREWELL_MS)
-        self._router.disable_monitor()
-        for each in sockets:
-            each.close()
-        await asyncio.sleep(FAREWELL_MS / 3000)  # libzmq's own thread sends meanwhile
+        self._leaving = True
+        await asyncio.sleep(FAREWELL_S)  # libzmq's own thread sends meanwhile
 
     def close(self) -> None:
         """Free the sockets where `run` was never reached."""
@@ -231,7 +226,8 @@ class Transport:
 
     def dial(self, peer_id: str, key: str, address: str) -> None:
         """Connect and say hello. Ends in Linked or NotReached, unless taken back."""
-        if self._tasks is None:
+        assert self._tasks is not None, "dial after `running`"
+        if self._leaving:
             return
         self.give_up(peer_id)
         dealer = self._new_socket(zmq.DEALER)
@@ -257,6 +253,7 @@ class Transport:
         for path in [*self._links.pop(peer_id, ()), self._dials.get(peer_id)]:
             if path is not None:
                 self._forget(path)
+                self._say_over(path)
 
     def send(self, peer_id: str, message: Message) -> bool:
         """Hand a message to the link. False: there is none, or its queue is full."""
@@ -269,6 +266,10 @@ class Transport:
         """The host by which the peer is reached now."""
         paths = self._links.get(peer_id)
         return paths[0].host if paths else None
+
+    def _tell(self, event: Event) -> None:
+        if not self._leaving:
+            self._listener(event)
 
     # Inside ---------------------------------------------------------------------------------------
 
@@ -312,12 +313,14 @@ class Transport:
         for other in [p for p in paths if p.incarnation != path.incarnation]:
             paths.remove(other)  # of a run of that peer that is over
             self._forget(other)
+            self._say_over(other)
         paths.append(path)
         paths.sort(key=lambda p: not p.dialled)  # ours first: we see it break at once
         theirs = [p for p in paths if not p.dialled]
         for other in theirs[:-INCOMING_MAX]:
             paths.remove(other)
             self._forget(other)
+            self._say_over(other)
         log.debug("= link peer=%s host=%s dialled=%s", path.peer_id, path.host, bool(path.dialled))
         self._tell(Linked(path.peer_id, path.key, hello, path.host, path.dialled))
 
@@ -342,6 +345,15 @@ class Transport:
                 path.task.cancel()
         else:
             self._incoming.pop(path.routing_id, None)
+
+    def _say_over(self, path: _Path) -> None:
+        """Tell whoever dialled that its connection is no link (any more). It closes it then.
+
+        A ROUTER cannot close one connection, and a goodbye would end the peer's other ones too.
+        """
+        if not path.dialled:
+            over = Refused(code="identity", why="this link is over", protocol=self._protocol)
+            self._send_to(path.routing_id, over)
 
     # Dialled connections --------------------------------------------------------------------------
 
@@ -440,14 +452,16 @@ class Transport:
             path = self._incoming.get(frames[0].bytes)
             if path is not None and path.key != key:
                 self._complaints.note(f"{peer_id}@{host}", "message on another peer's link")
+            elif self._leaving:
+                continue
             elif isinstance(message, Hello):
                 new = _Path(peer_id, key, host, self._router, "", frames[0].bytes, int(fd))
                 self._greet(new, message)
             elif path is not None:
                 self._take(path, message)
-            elif not isinstance(message, Goodbye):
-                # It takes for a link what we forgot. Told so, it dials again.
-                self._send_to(frames[0].bytes, Goodbye(why="no hello was said on this link"))
+            else:
+                # It may take for a link what we forgot. Told so, it dials again.
+                self._say_over(_Path(peer_id, key, host, self._router, "", frames[0].bytes))
                 self._complaints.note(f"{peer_id}@{host}", "message before hello")
 
     def _greet(self, path: _Path, hello: Hello) -> None:
@@ -511,6 +525,8 @@ class Transport:
             return None
 
     def _take(self, path: _Path, message: Control) -> None:
+        if isinstance(message, Refused):
+            self._drop(path, "the peer ended the link")
         if isinstance(message, Hello | Welcome | Refused):
             return  # said twice, or a probe
         self._tell(Received(path.peer_id, message))

@@ -1,0 +1,400 @@
+"""Whole clusters on loopback: real sockets, real time, several peers in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peer.cluster.driver import Cluster
+from peer.cluster.identity import Identity
+from peer.config import Config
+from peer.errors import ConfigError, PartError, PeerLost, ProtocolError
+from peer.protocol import (
+    ChunkHere,
+    ChunkWanted,
+    Control,
+    ManifestHere,
+    ManifestWanted,
+    NotHere,
+    Plans,
+)
+
+DIGEST = "ab" * 32
+
+
+class Ear:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.answer: Callable[[str, Control], None] = lambda peer_id, message: None
+
+    def joined(self, peer_id: str) -> None:
+        self.told.append(("joined", peer_id))
+
+    def lost(self, peer_id: str, why: str) -> None:
+        self.told.append(("lost", peer_id, why))
+
+    def elected(self, coordinator: str, term: int) -> None:
+        self.told.append(("elected", coordinator, term))
+
+    def received(self, peer_id: str, message: Control) -> None:
+        self.told.append(("received", peer_id, message))
+        self.answer(peer_id, message)
+
+
+class Peer:
+    """A cluster, its listener and its task."""
+
+    def __init__(self, config: Config, **options: Any) -> None:
+        self.config, self.ear = config, Ear()
+        self.identity = Identity(config.home)
+        self.cluster = Cluster(config, self.identity, self.ear, **options)
+        self.task: asyncio.Task[None] | None = None
+
+    async def start(self) -> Peer:
+        await self.cluster.start()
+        self.task = asyncio.create_task(self.cluster.run())
+        return self
+
+    async def kill(self) -> None:
+        """End without a goodbye, as kill -9 does: the system closes the sockets."""
+        assert self.task is not None
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        self.identity.close()
+
+    async def close(self) -> None:
+        await self.cluster.close("the test is over")
+        assert self.task is not None
+        await self.task
+        self.identity.close()
+
+
+class Town:
+    """Makes peers, and ends them all."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.peers: list[Peer] = []
+
+    async def add(self, name: str, *known: Peer, options: Any = None, **settings: Any) -> Peer:
+        places = tuple(f"127.0.0.1:{peer.cluster.port}" for peer in known)
+        config = Config.fast_test(home=self.home / name, peers=places, **settings)
+        peer = Peer(config, **(options or {}))
+        self.peers.append(peer)
+        return await peer.start()
+
+    def agree(self, *peers: Peer) -> bool:
+        """All of them know each other and follow one of them, in one term."""
+        ids = {peer.cluster.me for peer in peers}
+        follows = {(peer.cluster.coordinator, peer.cluster.term) for peer in peers}
+        complete = all(set(p.cluster.members) == ids - {p.cluster.me} for p in peers)
+        return complete and len(follows) == 1 and follows.pop()[0] in ids
+
+
+@asynccontextmanager
+async def a_town(home: Path) -> AsyncIterator[Town]:
+    town = Town(home)
+    try:
+        yield town
+    finally:
+        for peer in town.peers:
+            if peer.task is not None and not peer.task.done():
+                await peer.close()
+
+
+@pytest.fixture
+async def town(tmp_path: Path) -> AsyncIterator[Town]:
+    async with a_town(tmp_path) as made:
+        yield made
+
+
+async def test_three_peers_of_which_one_is_known_form_a_cluster_and_elect_one(
+    town: Town, until: Any
+) -> None:
+    a = await town.add("a")
+    b, c = await town.add("b", a), await town.add("c", a)
+    await until(lambda: town.agree(a, b, c), 10, "one cluster of three")
+    coordinator = next(p for p in (a, b, c) if p.cluster.me == p.cluster.coordinator)
+    followers = {p.cluster.me for p in (a, b, c)} - {coordinator.cluster.me}
+    await until(lambda: coordinator.cluster.followers == followers, 2, "all follow it")
+    for one in (a, b, c):
+        for other in {a, b, c} - {one}:
+            assert one.cluster.address_of(other.cluster.me) == "127.0.0.1"
+            assert one.cluster.key_of(other.cluster.me) == other.identity.public
+            member = one.cluster.members[other.cluster.me]
+            assert member.addresses == other.cluster.addresses
+            assert member.incarnation == other.identity.incarnation
+    assert a.cluster.problem == ""
+
+
+async def test_messages_go_both_ways_whoever_dialled(town: Town, until: Any) -> None:
+    a = await town.add("a")
+    b = await town.add("b", a)
+    await until(lambda: town.agree(a, b), 10, "two peers")
+    for one, other in ((a, b), (b, a)):
+        message = Plans(term=1, states=(), why_none="nothing is pulled yet")
+        assert one.cluster.send(other.cluster.me, message)
+        await until(
+            lambda one=one, other=other, message=message: (
+                ("received", one.cluster.me, message) in other.ear.told
+            ),
+            2,
+            "it arrives",
+        )
+
+
+async def test_a_message_to_oneself_is_a_mistake(town: Town) -> None:
+    a = await town.add("a")
+    with pytest.raises(AssertionError, match="itself"):
+        a.cluster.send(a.cluster.me, Plans(term=1, states=()))
+
+
+async def test_a_coordinator_that_says_goodbye_is_followed_at_once(town: Town, until: Any) -> None:
+    a = await town.add("a")
+    b, c = await town.add("b", a), await town.add("c", a)
+    await until(lambda: town.agree(a, b, c), 10, "one cluster of three")
+    leaving = next(p for p in (a, b, c) if p.cluster.me == p.cluster.coordinator)
+    rest = [p for p in (a, b, c) if p is not leaving]
+    term = leaving.cluster.term
+    began = time.monotonic()
+    await leaving.close()
+    await until(lambda: town.agree(*rest), 5, "the rest agree")
+    assert time.monotonic() - began < 1.0
+    assert rest[0].cluster.term > term
+    for peer in rest:
+        assert ("lost", leaving.cluster.me, "the test is over") in peer.ear.told
+
+
+async def test_a_killed_peer_is_lost_and_comes_back_under_the_same_id(
+    town: Town, until: Any
+) -> None:
+    a = await town.add("a")
+    b = await town.add("b", a)
+    await until(lambda: town.agree(a, b), 10, "two peers")
+    await until((town.home / "b" / "peers.json").exists, 5, "b has noted where a is")
+    await b.kill()
+    await until(lambda: b.cluster.me not in a.cluster.members, 3, "the loss is noticed")
+    again = await town.add("b")  # no setting `peers` now: it remembers where a was
+    await until(lambda: town.agree(a, again), 10, "two peers again")
+    assert again.cluster.me == b.cluster.me
+    assert again.identity.incarnation > b.identity.incarnation
+
+
+async def test_a_peer_started_anew_within_the_regret_is_lost_and_joined(
+    town: Town, until: Any
+) -> None:
+    a = await town.add("a")
+    b = await town.add("b", a)
+    await until(lambda: town.agree(a, b), 10, "two peers")
+    a.ear.told.clear()
+    await b.kill()
+    again = await town.add("b", a)
+    await until(lambda: town.agree(a, again), 10, "two peers again")
+    kinds = [told[0] for told in a.ear.told if told[1] == b.cluster.me and told[0] != "elected"]
+    assert kinds == ["lost", "joined"]
+
+
+async def test_a_killed_and_a_stopped_process_are_noticed_in_time(
+    tmp_path: Path, until: Any
+) -> None:
+    """The promise with the default timing: < 3 s for kill -9, < 5 s for SIGSTOP."""
+    observer = Peer(Config.loopback(home=tmp_path / "o", mdns=False))
+    await observer.start()
+    command = [sys.executable, "-m", "tests.one_peer"]
+    place = f"127.0.0.1:{observer.cluster.port}"
+    others = [
+        await asyncio.create_subprocess_exec(
+            *command, str(tmp_path / name), place, stdout=asyncio.subprocess.PIPE
+        )
+        for name in "ab"
+    ]
+    try:
+        ids = []
+        for process in others:
+            assert process.stdout is not None
+            ids.append((await process.stdout.readline()).split()[0].decode())
+        await until(lambda: set(observer.cluster.members) == set(ids), 15, "both joined")
+        killed, stopped = ids
+        others[0].kill()
+        others[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        await until(lambda: killed not in observer.cluster.members, 3, "kill -9 is noticed")
+        await until(lambda: stopped not in observer.cluster.members, 5, "SIGSTOP is noticed")
+        assert time.monotonic() - began < 5.0
+        others[1].send_signal(signal.SIGCONT)
+        await until(lambda: stopped in observer.cluster.members, 15, "it comes back")
+    finally:
+        for process in others:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+        await observer.close()
+
+
+async def test_another_protocol_version_is_refused_by_name_on_both_sides(
+    town: Town, until: Any
+) -> None:
+    old = await town.add("old")
+    new = await town.add("new", old, options={"protocol": 2})
+    await until(lambda: old.cluster.refused and new.cluster.refused, 5, "both say so")
+    for peer, by_us in ((old, True), (new, False)):
+        (turned,) = peer.cluster.refused
+        assert turned.code == "protocol"
+        assert turned.by_us is by_us
+        assert turned.host == "127.0.0.1"
+        assert "version 2" in turned.why
+        assert "version 1" in turned.why
+        assert "update halka" in turned.why
+    assert not old.cluster.members
+    assert not new.cluster.members
+
+
+async def test_another_cluster_is_refused_by_name(town: Town, until: Any) -> None:
+    ours = await town.add("ours")
+    theirs = await town.add("theirs", ours, cluster="next door")
+    await until(lambda: ours.cluster.refused and theirs.cluster.refused, 5, "both say so")
+    assert ours.cluster.refused[0].code == "cluster"
+    assert "'next door'" in theirs.cluster.refused[0].why
+    assert not ours.cluster.members
+
+
+async def test_a_peer_that_is_told_its_own_address_stays_alone(town: Town, until: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = await town.add("a", port=port)
+    await alone.close()
+    again = Peer(Config.fast_test(home=town.home / "a", port=port, peers=(f"127.0.0.1:{port}",)))
+    town.peers.append(await again.start())
+    await until(lambda: again.cluster.coordinator == again.cluster.me, 5, "it leads itself")
+    assert not again.cluster.members
+    assert not again.cluster.refused
+
+
+async def test_a_pinned_port_that_is_taken_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        peer = Peer(Config.fast_test(home=tmp_path, port=port))
+        with pytest.raises(ConfigError, match=f"port {port}.*setting `port`"):
+            await peer.cluster.start()
+    peer.identity.close()
+
+
+async def test_peers_on_one_machine_find_each_other_by_mdns(tmp_path: Path, until: Any) -> None:
+    name = f"test {os.getpid()} {time.monotonic_ns()}"  # other tests may shout at the same time
+    peers = [
+        await Peer(Config.loopback(home=tmp_path / each, cluster=name)).start() for each in "ab"
+    ]
+    a, b = peers
+    try:
+        await until(lambda: set(a.cluster.members) == {b.cluster.me}, 15, "a sees b")
+        await until(lambda: set(b.cluster.members) == {a.cluster.me}, 15, "b sees a")
+        assert a.cluster.discovery.problem == ""
+    finally:
+        for peer in peers:
+            await peer.close()
+
+
+async def test_a_term_that_cannot_be_stored_is_not_claimed(
+    town: Town, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Identity, term: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Identity, "store_term", full)
+        a = await town.add("a")
+        await until(lambda: "No space left" in a.cluster.problem, 5, "status tells")
+        assert a.cluster.coordinator == ""
+    await until(lambda: a.cluster.coordinator == a.cluster.me, 5, "it claims once there is space")
+    assert a.cluster.problem == ""
+
+
+# Questions ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def pair(town: Town, until: Any) -> tuple[Peer, Peer]:
+    a = await town.add("a")
+    b = await town.add("b", a)
+    await until(lambda: town.agree(a, b), 10, "two peers")
+    return a, b
+
+
+async def test_a_question_is_answered(pair: tuple[Peer, Peer]) -> None:
+    a, b = pair
+
+    def answer(peer_id: str, message: Control) -> None:
+        match message:
+            case ManifestWanted(request, digest):
+                b.cluster.send(peer_id, ManifestHere(request, digest, b"manifest"))
+            case ChunkWanted(request, _, _, offset, length):
+                b.cluster.send(peer_id, ChunkHere(request, bytes([offset]) * length))
+
+    b.ear.answer = answer
+    manifest = ManifestWanted(0, DIGEST)
+    chunks = [ChunkWanted(0, DIGEST, "embed", offset, 1000) for offset in range(8)]
+    first, *rest = await asyncio.gather(
+        a.cluster.ask(b.cluster.me, manifest, 2.0),
+        *(a.cluster.ask(b.cluster.me, chunk, 2.0) for chunk in chunks),
+    )
+    assert isinstance(first, ManifestHere)
+    assert first.data == b"manifest"
+    assert [chunk.data for chunk in rest] == [bytes([offset]) * 1000 for offset in range(8)]
+
+
+async def test_a_question_without_an_answer_ends_in_an_error(pair: tuple[Peer, Peer]) -> None:
+    a, b = pair
+    wanted = ChunkWanted(0, DIGEST, "embed", 0, 10)
+    with pytest.raises(PeerLost, match=r"did not answer within 0\.2 s"):
+        await a.cluster.ask(b.cluster.me, wanted, 0.2)
+    with pytest.raises(PeerLost, match="cannot be reached"):
+        await a.cluster.ask("a" * 16, wanted, 0.2)
+    b.ear.answer = lambda peer_id, message: (
+        b.cluster.send(
+            peer_id,
+            NotHere(message.request, "no such part"),  # type: ignore[union-attr]
+        )
+        and None
+    )
+    with pytest.raises(PartError, match="no such part"):
+        await a.cluster.ask(b.cluster.me, wanted, 2.0)
+    b.ear.answer = lambda peer_id, message: (
+        b.cluster.send(
+            peer_id,
+            ManifestHere(message.request, DIGEST, b""),  # type: ignore[union-attr]
+        )
+        and None
+    )
+    with pytest.raises(ProtocolError, match="another question"):
+        await a.cluster.ask(b.cluster.me, wanted, 2.0)
+
+
+async def test_a_question_to_a_peer_that_dies_ends_with_the_peer(pair: tuple[Peer, Peer]) -> None:
+    a, b = pair
+    question = asyncio.create_task(
+        a.cluster.ask(b.cluster.me, ChunkWanted(0, DIGEST, "embed", 0, 10), 30.0)
+    )
+    await asyncio.sleep(0)
+    await b.kill()
+    began = time.monotonic()
+    with pytest.raises(PeerLost, match="is gone"):
+        await question
+    assert time.monotonic() - began < 3.0
