@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peer.errors import CommandError
 from peer.words.agent import Agent
-from peer.words.screen import count, note, say, size
+from peer.words.screen import Screen, count, note, say, size
 
 LINE_PERCENT = 10  # between lines of progress where no terminal is
 
@@ -27,7 +27,8 @@ def command(args: Namespace) -> int:
     from peer.models.pull import pull
     from peer.models.store import Store
 
-    with shown(f"pulling {Path(args.model).name}") as progress:
+    name = Screen.of(sys.stderr).clean(Path(args.model).name)[:60]
+    with shown(f"pulling {name}") as progress:
         manifest = pull(args.model, Store(home), progress)
     say(
         f"{manifest.model} is here: {count(manifest.layers, 'layer')}, "

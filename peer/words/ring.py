@@ -32,7 +32,7 @@ class Row:
 
 def draw(screen: Screen, layers: int, rows: Sequence[Row]) -> list[str]:
     """The ring, head first, each line at most as wide as the screen."""
-    width = max(10, screen.width - 54)
+    width = max(6, screen.width - 54)
     lines = []
     for index, row in enumerate(rows):
         colour = PALETTE[index % len(PALETTE)]
