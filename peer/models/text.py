@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from peer import children
 from peer.errors import ModelError, NoPlan, RequestError
 from peer.models.text_messages import (
     LENGTH,
@@ -39,7 +39,7 @@ from peer.models.text_messages import (
 
 log = logging.getLogger("halka.text")
 
-COMMAND = (sys.executable, "-m", "peer.models.vocabulary")
+COMMAND = children.command("peer.models.vocabulary")
 OPEN_S = 60.0  # a cold disk and an engine's library
 RENDER_S = 2.0  # a template takes milliseconds
 ENCODE_S = 2.0
@@ -168,7 +168,12 @@ class Text:
         try:
             # Its stderr is not kept: what a template or tokenizer writes may hold prompts.
             self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+                *self._command,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=DEVNULL,
+                start_new_session=True,  # Ctrl-C in a terminal is for the agent alone
+                env=children.environment(),
             )
         except OSError as error:
             raise _Gone(f"it cannot be started: {error.strerror}") from None

@@ -13,14 +13,14 @@ import os
 import platform
 import shutil
 import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 import psutil
 
+from peer import children
 from peer.config import Config
 from peer.errors import BackendError, ModelError
 from peer.planning.profile import EngineProfile, ModelShape, Profile
@@ -95,14 +95,12 @@ async def _ask(names: Sequence[str], folders: Sequence[Path], timeout_s: float) 
     """One run of the measuring process. Raises BackendError."""
     order = msgspec.json.encode({"backends": names, "folders": [str(f) for f in folders]})
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "peer.planning.measure",
+        *children.command("peer.planning.measure"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
-        env=_environment(os.environ),
+        env=children.environment(),
     )
     try:
         answer, said = await asyncio.wait_for(process.communicate(order), timeout_s)
@@ -125,13 +123,6 @@ async def _ask(names: Sequence[str], folders: Sequence[Path], timeout_s: float) 
         return msgspec.json.decode(answer, type=Survey)
     except msgspec.MsgspecError as error:
         raise BackendError(f"measuring {', '.join(names)} gave no answer: {error}") from error
-
-
-def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Ours, and where this package was imported from."""
-    source = str(Path(__file__).parents[2])
-    path = [source, *filter(None, [environment.get("PYTHONPATH")])]
-    return {**environment, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def profile(config: Config, peer_id: str, measured: Sequence[EngineProfile]) -> Profile:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from peer import children
 from peer.planning.plan import PlanId, PlanState
 from peer.protocol import Message, StageAdmit, StageConnect, StageNews, StageOrder, StageStop
 
@@ -67,14 +67,13 @@ class Supervisor:
         """Start the stage of a plan. Its news and its end come by the callbacks."""
         plan = state.plan.id
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "peer.ring.stage",
+            *children.command("peer.ring.stage"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=_LINE_BYTES_MAX,
             start_new_session=True,
+            env=children.environment(),
         )
         log.info("stage=started plan=%s pid=%d", plan, process.pid)
         stage = self._stages[plan] = _Stage(plan, process)
