@@ -109,7 +109,7 @@ def load(
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: {error}. Mend or empty the file; an empty one is good") from None
+        raise ConfigError(f"{file}: {error}. Mend or empty it; an empty file is good") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}. Run halka as the user who owns it") from None
     for key, value in table.items():

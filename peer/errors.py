@@ -6,16 +6,14 @@ HalkaError
 │   ├── PeerLost       the peer is gone or silent
 │   ├── ProtocolError  the peer sent what the protocol does not allow (bytes, sizes, versions)
 │   └── StalePlan      the message belongs to a plan or term that is over
-├── ModelError         a model, manifest or part that cannot be used; raised by models, shown by cli and api
+├── ModelError         a model, manifest or part that cannot be used; shown by cli and api
 │   ├── GGUFError      a file that is not the GGUF it claims to be; names the byte offset
-│   ├── PartError      a part that is missing, damaged or of the wrong hash
-│   └── Unsplittable   a window that this model's architecture forbids; says why
+│   └── PartError      a part that is missing, damaged or of the wrong hash
 ├── NoPlan             nothing can serve the model now; says what is missing (HTTP 503)
-├── BackendError       an engine failed; raised by backends' shells, handled by the stage
-│   └── OutOfMemory    the window does not fit
+├── BackendError       an engine's process failed; raised by survey, logged, tried again
 ├── AnswerFailed       an answer that began cannot go on; says why (error event in the stream)
 ├── RequestError       the client's request is wrong (HTTP 400 unless the status says otherwise)
-└── CommandError       what was typed cannot be done; raised by words, shown by cli with its exit code
+└── CommandError       what was typed cannot be done; shown by cli with its exit code
 """
 
 from __future__ import annotations
@@ -61,20 +59,12 @@ class PartError(ModelError):
     """A part that is missing, damaged or of the wrong hash."""
 
 
-class Unsplittable(ModelError):
-    """A window that this model's architecture forbids; says why. Raised before anything is loaded."""
-
-
 class NoPlan(HalkaError):
     """Nothing can serve the model now; says what is missing. HTTP 503."""
 
 
 class BackendError(HalkaError):
-    """An engine failed. Handled by the stage, reported to the agent."""
-
-
-class OutOfMemory(BackendError):
-    """The window does not fit into this peer's memory."""
+    """The process of an engine failed. Raised by `planning.survey`, logged and tried again."""
 
 
 class AnswerFailed(HalkaError):

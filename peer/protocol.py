@@ -29,7 +29,7 @@ from peer.planning.profile import (
 PROTOCOL = 1
 """Raised when peers of two versions could misunderstand each other; another one is refused."""
 
-MESSAGE_BYTES_MAX = 4 << 20  # of the control plane; the largest is Submit at a context of 1 Mi tokens
+MESSAGE_BYTES_MAX = 4 << 20  # the largest is Submit with 768 Ki token ids
 CHUNK_BYTES_MAX = 256 << 10  # < 0.5 s on the slowest Wi-Fi we plan for, so heartbeats get through
 MANIFEST_BYTES_MAX = 2 << 20
 IDS_BYTES_MAX = 4 * 768 * 1024  # prompt ids, int32 little endian
@@ -207,7 +207,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Submit(Message, frozen=True, tag="submit"):
-    """Answer this. `ids`: prompt and tokens delivered so far; `delivered`: how many of the latter."""
+    """Answer this. ids: prompt and tokens delivered so far; delivered: how many of the latter."""
 
     request: RequestId
     plan: PlanId

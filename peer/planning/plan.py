@@ -10,7 +10,6 @@ from peer.planning.profile import (
     PEERS_MAX,
     Bytes,
     Count,
-    Digest,
     Layer,
     ModelShape,
     Name,

@@ -41,7 +41,7 @@ class Profile(Value, frozen=True):
     os: Name  # linux | macos
     cores: Count
     memory_total_bytes: Bytes
-    memory_available_bytes: Bytes  # what a stage may use: cgroup limits and a headroom are taken off
+    memory_available_bytes: Bytes  # for stages: within cgroup limits, less a headroom
     disk_free_bytes: Bytes = 0
     engines: Annotated[tuple[EngineProfile, ...], msgspec.Meta(max_length=64)] = ()
     spread_all: bool = False  # HALKA_SPREAD=all on this peer
