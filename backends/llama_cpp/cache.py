@@ -8,7 +8,7 @@ Footprint.
 from __future__ import annotations
 
 from backends.base import Header
-from backends.llama_cpp.rules import number, per_layer, recurrent_layers
+from backends.llama_cpp.rules import number, per_layer, plain, recurrent_layers
 
 _F16 = 2  # bytes
 
@@ -17,9 +17,9 @@ def kv_bytes_per_cell(header: Header) -> tuple[int, ...]:
     """Bytes of KV cache that one token takes, for each layer; 0 for recurrent layers."""
     heads = per_layer(header, "attention.head_count")
     kv_heads = per_layer(header, "attention.head_count_kv")
-    if number(header, "attention.head_count_kv", None) is None:
+    if plain(header, "attention.head_count_kv") is None:
         kv_heads = heads
-    recurrent = recurrent_layers(header) or [False] * header.layers
+    recurrent = [*(recurrent_layers(header) or ()), *([False] * header.layers)]
     if header.architecture in ("mamba", "mamba2"):
         return (0,) * header.layers
     first = next((count for count in heads if count), 1)

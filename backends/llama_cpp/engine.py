@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from backends.base import BackendFault, Batch, Device, Footprint, Settings, Slot, Window
 from backends.llama_cpp.library import library
-from backends.llama_cpp.rules import cuts
+from backends.llama_cpp.rules import LAYERS_MAX, cuts
 from backends.llama_cpp.window import LoadedWindow
 
 _KINDS = {"CUDA": "cuda", "ROCm": "rocm", "MTL": "metal", "Metal": "metal", "Vulkan": "vulkan"}
@@ -30,6 +30,10 @@ class LlamaBackend:
         # libllama aborts the whole process on some windows: ask the table first, always.
         if why := cuts(window.header).refusal(window.first, window.last):
             raise BackendFault(why, "refused")
+        if window.layers != window.header.layers or window.layers > LAYERS_MAX:
+            raise BackendFault(
+                f"the window is of another model ({window.layers} layers)", "refused"
+            )
         place = (window.first, window.last)
         if place in self._windows:
             raise BackendFault(f"layers {window.first} to {window.last} are loaded already")

@@ -15,6 +15,8 @@ from backends.llama_cpp.rules import (
     cuts,
     is_lite,
     number,
+    per_layer,
+    plain,
     recurrent_layers,
     sliding_layers,
 )
@@ -84,7 +86,7 @@ def _sliced(header: Header, first: int, last: int) -> dict[str, tuple[str, Any]]
     arch = header.architecture
     write: dict[str, tuple[str, Any]] = {}
     for name in PER_LAYER:
-        value = number(header, name, None)
+        value = plain(header, name)
         if isinstance(value, list):
             write[f"{arch}.{name}"] = _array(value[first:last])
     if (sliding := sliding_layers(header)) is not None:
@@ -108,8 +110,8 @@ def _array(values: list[Any]) -> tuple[str, list[Any]]:
 
 def _head_sizes(header: Header) -> dict[str, tuple[str, Any]]:
     """Sizes that the loader would work out from the heads of its first layer, which is another."""
-    heads = number(header, "attention.head_count")
-    if not isinstance(heads, list) or not heads[0]:
+    heads = per_layer(header, "attention.head_count")
+    if not isinstance(plain(header, "attention.head_count"), list) or not heads[0]:
         return {}
     size = number(header, "embedding_length") // heads[0]
     key = number(header, "attention.key_length", size)
@@ -124,7 +126,7 @@ def _head_sizes(header: Header) -> dict[str, tuple[str, Any]]:
 def _told_by_layers(header: Header) -> dict[str, tuple[str, Any]]:
     """What llama.cpp would conclude from the number of layers or words, written out."""
     arch, layers = header.architecture, header.layers
-    if arch == "minicpm" and number(header, "residual_scale", None) is None:
+    if arch == "minicpm" and plain(header, "residual_scale") is None:
         scale = np.float32(1.4) / np.float32(math.sqrt(layers))
         return {f"{arch}.residual_scale": ("float32", float(scale))}
     if arch != "deepseek2":

@@ -59,15 +59,24 @@ class Rule:
     special: Callable[[Header], str] | None = None  # further reasons against a split
 
 
-def number(header: Header, key: str, default: Any = 0) -> Any:
-    """`<arch>.<key>`, or `default` where the header has no such key."""
-    return header.metadata.get(f"{header.architecture}.{key}", default)
+def plain(header: Header, key: str) -> Any:
+    """`<arch>.<key>` as it stands in the header, or None."""
+    return header.metadata.get(f"{header.architecture}.{key}")
 
 
-def per_layer(header: Header, key: str) -> list[Any]:
-    """`<arch>.<key>` as one value a layer."""
-    value = number(header, key)
-    return list(value) if isinstance(value, list) else [value] * header.layers
+def number(header: Header, key: str, default: int = 0) -> int:
+    """`<arch>.<key>` where it is a natural number, else `default`."""
+    value = plain(header, key)
+    return value if isinstance(value, int) and 0 <= value < 1 << 32 else default
+
+
+def per_layer(header: Header, key: str) -> list[int]:
+    """`<arch>.<key>` as one natural number a layer; 0 where the header has none."""
+    value = plain(header, key)
+    if not isinstance(value, list):
+        return [number(header, key)] * header.layers
+    kept = [v if isinstance(v, int) and 0 <= v < 1 << 32 else 0 for v in value[: header.layers]]
+    return kept + [0] * (header.layers - len(kept))
 
 
 def is_lite(header: Header) -> bool:
@@ -81,9 +90,10 @@ def sliding_layers(header: Header) -> list[bool] | None:
     sliding = rule.sliding if rule else None
     if sliding is None or (sliding.optional and not number(header, "attention.sliding_window")):
         return None
+    listed = plain(header, "attention.sliding_window_pattern")
+    if isinstance(listed, list):
+        return [bool(slides) for slides in listed]
     pattern = number(header, "attention.sliding_window_pattern", sliding.period)
-    if isinstance(pattern, list):
-        return [bool(slides) for slides in pattern]
     if pattern == 0:
         return [True] * header.layers
     full = 0 if sliding.full_first else pattern - 1
@@ -95,12 +105,14 @@ def recurrent_layers(header: Header) -> list[bool] | None:
     rule = TABLE.get(header.architecture)
     if rule is None or not rule.recurrent:
         return None
-    flags = number(header, "attention.recurrent_layers", None)
+    flags = plain(header, "attention.recurrent_layers")
     if isinstance(flags, list):
         return [bool(flag) for flag in flags]
     interval = number(header, "full_attention_interval", 4)
     return [(layer + 1) % max(1, interval) != 0 for layer in range(header.layers)]
 
+
+LAYERS_MAX = 512  # llama-hparams.h: LLAMA_MAX_LAYERS; more abort the process
 
 # Metadata arrays with one value a layer; a window gets its own slice of them.
 PER_LAYER = frozenset(
@@ -180,9 +192,8 @@ def _may_begin(header: Header, layer: int) -> bool:
         "glm-dsa",
         "dots3note",
     ):  # others reuse the choice of the last full one
-        return bool(per_layer(header, "attention.indexer.types")[layer]) or not isinstance(
-            number(header, "attention.indexer.types"), list
-        )
+        full = per_layer(header, "attention.indexer.types")
+        return bool(full[layer]) or plain(header, "attention.indexer.types") is None
     return True
 
 
@@ -195,8 +206,8 @@ def _whole_because(header: Header) -> str:
     if rule is None:
         known = _KNOWN_WHOLE.get(architecture)
         return known or f"no rule is known by which {architecture or 'this model'} could be split"
-    if layers < 1:
-        return "its header does not say how many layers it has"
+    if not 1 <= layers <= LAYERS_MAX:
+        return f"its header speaks of {layers} layers, and llama.cpp takes 1 to {LAYERS_MAX}"
     if number(header, "nextn_predict_layers"):
         return "it carries layers that predict further tokens (nextn), which no window can run"
     if header.tensors and (why := _odd_layers(header)):
@@ -214,6 +225,9 @@ def _whole_because(header: Header) -> str:
             f"llama.cpp tells this model by its {layers} layers, and would compute a window of "
             f"fewer layers in another way"
         )
+    listed = isinstance(plain(header, "attention.sliding_window_pattern"), list)
+    if rule.sliding and not rule.sliding.period and not listed:
+        return "its header does not list which of its layers have a sliding window"
     return rule.special(header) if rule.special else ""
 
 
@@ -249,7 +263,7 @@ def _looped(header: Header) -> str:
 
 def _unlisted_indexers(header: Header) -> str:
     """GLM 5.2 without the list of its indexers: the loader would use a built-in one, by place."""
-    listed = isinstance(number(header, "attention.indexer.types"), list)
+    listed = isinstance(plain(header, "attention.indexer.types"), list)
     if not listed and number(header, "context_length") >= 1 << 20:
         return "its header does not list which layers have an indexer"
     return ""

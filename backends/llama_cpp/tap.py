@@ -49,7 +49,7 @@ class Tap:
         self._taken = self._given = self._calls = 0
         self._fault = ""
 
-    def end(self, slots: int) -> NDArray[np.float32]:
+    def end(self, slots: NDArray[np.int32]) -> NDArray[np.float32]:
         """What the step gave: [tokens, hidden]. Raises BackendFault where rows lack or are mixed.
 
         libllama hands rows out in the order of the batch as long as one micro-batch, or one
@@ -60,7 +60,7 @@ class Tap:
         for name, rows in ((self._out, self._taken), (self._in, self._given)):
             if name and not self._fault and rows != tokens:
                 self._fault = f"{name.decode()} came with {rows} rows for {tokens} tokens"
-        if not self._fault and self._calls > 1 and slots > 1:
+        if not self._fault and self._calls > 1 and (slots != slots[0]).any():
             self._fault = "libllama cut a batch of several sequences into pieces"
         if self._fault:
             raise BackendFault(f"the window's hidden states are unusable: {self._fault}")

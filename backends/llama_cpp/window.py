@@ -209,7 +209,7 @@ class LoadedWindow:
             kind, why = _FAILURES.get(code, ("failed", f"the computation failed (code {code})"))
             raise BackendFault(f"{why}: {self._library.journal.cause()}", kind)
         if self._tap is not None:
-            rows = self._tap.end(len(np.unique(slots)))
+            rows = self._tap.end(slots)
             if not self._last:
                 return rows
         return self._logits(int(np.count_nonzero(outputs)))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from backends.base import BackendFault, Header, Stub, TensorFact
 from backends.llama_cpp import ENGINE
-from backends.llama_cpp.rules import _KNOWN_WHOLE, _NO_TEXT, TABLE
+from backends.llama_cpp.rules import _KNOWN_WHOLE, _NO_TEXT, PER_LAYER, TABLE
 from tests.rule_models import MODELS
 
 
@@ -77,12 +80,44 @@ def test_an_odd_header_keeps_its_model_whole() -> None:
         "of 7": header("llama", tensors=7),
         "has 7 values for 8 layers": header("openelm", attention__head_count=[4] * 7),
         "may hold one value a layer": header("llama", attention__new_thing=[1.0] * 8),
-        "does not say how many layers": header("llama", 0),
+        "speaks of 0 layers": header("llama", 0),
+        "speaks of 513 layers": header("llama", 513),
+        "does not list which of its layers": header("mimo2"),
         "loops": header("nanbeige", num_loops=2),
     }
     for why, model in odd.items():
         assert why in ENGINE.cuts(model).why
         assert ENGINE.cuts(model).starts == (0,)
+
+
+_KEYS = [*PER_LAYER, "attention.sliding_window", "attention.key_length", "embedding_length"]
+_KEYS += ["block_count", "nextn_predict_layers", "full_attention_interval", "context_length"]
+_KEYS += ["leading_dense_block_count", "interleave_moe_layer_step", "rope.dimension_sections"]
+_ODD: Any = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 63), (1 << 64) - 1),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.one_of(st.booleans(), st.integers(-2, 9), st.floats()), max_size=9),
+)
+
+
+@given(arch=st.sampled_from(sorted(TABLE)), odd=st.dictionaries(st.sampled_from(_KEYS), _ODD))
+def test_no_header_however_odd_breaks_an_answer(arch: str, odd: dict[str, Any]) -> None:
+    given_header = header(arch, **{key.replace(".", "__"): value for key, value in odd.items()})
+    if given_header.layers > 1000:  # a manifest allows no more than 4096
+        given_header.metadata[f"{arch}.block_count"] = 1000  # type: ignore[index]
+    cuts = ENGINE.cuts(given_header)
+    assert 0 in cuts.starts
+    assert len(ENGINE.kv_bytes_per_cell(given_header)) == max(0, given_header.layers)
+    edges = [*cuts.starts, given_header.layers]
+    for first, last in pairwise(edges):
+        if cuts.refusal(first, last):
+            continue
+        recipe = ENGINE.recipe(given_header, first, last)
+        for kind, value in recipe.write.values():
+            assert not kind.startswith("array") or len(value) == last - first
 
 
 def test_a_model_of_four_layers_keeps_its_four_rope_sections() -> None:
