@@ -30,7 +30,7 @@ from tests.terminal import Terminal, halka
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
-        if name.startswith(("HALKA_", "LC_")) or name in ("NO_COLOR", "LANG"):
+        if name.startswith(("HALKA_", "LC_")) or name in ("NO_COLOR", "LANG", "PYTHONUNBUFFERED"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HALKA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HALKA_HTTP", "127.0.0.1:0")

@@ -22,7 +22,7 @@ from tests.terminal import on_a_terminal
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [*os.environ]:
-        if name.startswith(("HALKA_", "LC_")) or name in ("NO_COLOR", "LANG"):
+        if name.startswith(("HALKA_", "LC_")) or name in ("NO_COLOR", "LANG", "PYTHONUNBUFFERED"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HALKA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HALKA_HTTP", "127.0.0.1:0")
