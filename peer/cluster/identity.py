@@ -43,8 +43,8 @@ class _Keys(msgspec.Struct, frozen=True):
 
 
 class _State(msgspec.Struct, frozen=True):
-    term: Term = 0
-    incarnation: int = 0
+    term: Term
+    incarnation: int
 
 
 def peer_id_of(key: str) -> str:
@@ -105,12 +105,12 @@ class Identity:
             self._check_owner()
             self._take_lock()
             keys = self._keys()
-            state = self._read("state.json", _State) or _State()
+            state = self._read("state.json", _State) or _State(0, 0)
             self.public, self.secret = keys.public, keys.secret
             self.peer_id = peer_id_of(keys.public)
             self.term = state.term
             # Also the clock, so that a lost state file does not take the incarnation back.
-            self.incarnation = max(state.incarnation + 1, int(time.time()))
+            self.incarnation = max(state.incarnation + 1, time.time_ns() // 1_000_000)
             self._write("state.json", _State(self.term, self.incarnation))
         except OSError as error:
             self.close()

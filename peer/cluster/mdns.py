@@ -10,10 +10,12 @@ once, the rest wait in a short queue or are heard again.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import ipaddress
 import logging
 import re
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +28,7 @@ from peer.cluster.identity import peer_id_of
 
 log = logging.getLogger("halka.cluster")
 
+GROUP = "224.0.0.251"
 TYPE = "_halka._tcp.local."
 NAME = re.compile(r"halka-([a-z2-7]{16})\._halka\._tcp\.local\.", re.IGNORECASE)
 LOOKUPS_MAX = 4  # at once
@@ -196,4 +199,22 @@ def _version_of(hosts: Sequence[str]) -> IPVersion:
 
 
 def _of_version(hosts: Sequence[str], version: IPVersion) -> list[str]:
-    return [host for host in hosts if (":" in host) == (version is IPVersion.V6Only)]
+    """Those of the version that can multicast now; one that vanished must not stop the others.
+
+    Raises: OSError where none can.
+    """
+    wanted = [host for host in hosts if (":" in host) == (version is IPVersion.V6Only)]
+    good = [host for host in wanted if ":" in host or _multicasts(host)]
+    if not good:
+        raise OSError(errno.ENODEV, f"no multicast on {', '.join(wanted)}")
+    return good
+
+
+def _multicasts(host: str) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        member = socket.inet_aton(GROUP) + socket.inet_aton(host)
+        try:
+            probe.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
+        except OSError:
+            return False
+    return True
