@@ -8,6 +8,7 @@ written anew; read the difference before committing it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import os
@@ -156,8 +157,18 @@ def _or_by_a_test(allowed: Callable[..., bool]) -> Callable[..., bool]:
     return predicate
 
 
+kept: set[int] = set()
+"""Ids of processes that a fixture of a wider scope starts and ends, also during a test; whatever
+these start is theirs to end."""
+
+
 def _children() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
+    theirs: set[psutil.Process] = set()
+    for pid in kept:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            theirs |= {process, *process.children(recursive=True)}
+    return set(psutil.Process().children(recursive=True)) - theirs
 
 
 def _words(process: psutil.Process) -> str:
