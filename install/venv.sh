@@ -29,7 +29,8 @@ stop_ticker() {
 # 30 s elsewhere.
 start_ticker() {
   (
-    trap 'exit 0' TERM INT
+    pause_pid=
+    trap 'if [ -n "$pause_pid" ]; then kill "$pause_pid" 2>/dev/null; fi; exit 0' TERM INT
     seconds=0
     pause=30
     if [ -t 2 ]; then pause=1; fi
@@ -40,7 +41,8 @@ start_ticker() {
         printf '  %s, %d s\n' "$1" "$seconds" >&2
       fi
       sleep "$pause" &
-      wait $!
+      pause_pid=$!
+      wait "$pause_pid"
       seconds=$((seconds + pause))
     done
   ) &
