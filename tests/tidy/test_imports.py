@@ -52,7 +52,8 @@ LIBRARIES = {
     "zeroconf": {"peer/cluster/mdns.py"},
     "jinja2": {"peer/models/template.py"},
     "zmq": {
-        "peer/cluster/transport.py", "peer/cluster/keydoor.py", "peer/cluster/identity.py",
+        "peer/cluster/transport.py", "peer/cluster/listener.py", "peer/cluster/keydoor.py",
+        "peer/cluster/identity.py",
         "peer/ring/sockets.py", "peer/ring/pipe.py", "peer/ring/stage.py", "peer/ring/head.py",
         "peer/ring/entry.py",
     },
