@@ -43,22 +43,35 @@ def main(argv: Sequence[str]) -> int:
         # `halka status | head`: the reader had enough. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except CommandError as error:
-        return _fail(str(error), error.mend, error.exit_code)
-    except ConfigError as error:
-        return _fail(str(error), "", 2)
-    except HalkaError as error:
-        return _fail(str(error), "", 1)
-    except OSError as error:
-        return _fail(_sentence(error), "", 1)
-    except Exception as error:  # noqa: BLE001 - the last line of defence; the service needs the trace
-        if args.word == "run" or os.environ.get("HALKA_LOG") == "debug":
-            traceback.print_exc()
-        return _fail(
-            f"a mistake of halka's own: {type(error).__name__}: {error}",
-            "HALKA_LOG=debug before the same command shows where; please report that",
-            1,
-        )
+    except Exception as error:  # noqa: BLE001 - the last line of defence
+        return _explain(_cause(error), args.word)
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong in the agent's TaskGroup, where it was one thing."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _explain(error: Exception, word: str) -> int:
+    """One line that says why, one that mends it where that is known. Returns the exit code."""
+    match error:
+        case CommandError():
+            return _fail(str(error), error.mend, error.exit_code)
+        case ConfigError():
+            return _fail(str(error), "", 2)
+        case HalkaError():
+            return _fail(str(error), "", 1)
+        case OSError():
+            return _fail(_sentence(error), "", 1)
+    if word == "run" or os.environ.get("HALKA_LOG") == "debug":
+        traceback.print_exception(error)  # of a service, the log is all that is left
+    return _fail(
+        f"a mistake of halka's own: {type(error).__name__}: {error}",
+        "HALKA_LOG=debug before the same command shows where; please report that",
+        1,
+    )
 
 
 def _fail(why: str, mend: str, code: int) -> int:

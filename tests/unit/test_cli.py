@@ -17,8 +17,8 @@ import msgspec
 import pytest
 
 from peer import cli
+from peer.errors import ConfigError
 from peer.words import run as run_word
-from peer.words.agent import start_command
 from tests.agent_double import AgentDouble, a_peer, a_status
 from tests.plans import PEERS, plan
 from tests.terminal import Terminal, halka, on_a_terminal, unused_port
@@ -161,24 +161,6 @@ def test_without_an_agent_every_question_exits_with_three_and_says_how_to_start_
             r"  mend it: start it: .*(halka run|systemctl|launchctl).*\n",
             told.err,
         )
-
-
-def test_how_to_start_the_agent_follows_how_it_was_installed(tmp_path: Path) -> None:
-    if sys.platform == "darwin":
-        plist = tmp_path / "Library/LaunchDaemons/dev.halka.agent.plist"
-        plist.parent.mkdir(parents=True)
-        plist.touch()
-        assert start_command(tmp_path) == "sudo launchctl kickstart system/dev.halka.agent"
-        return
-    assert start_command(tmp_path) in ("halka run", "systemctl --user start halka")
-    unit = tmp_path / "usr/lib/systemd/user/halka.service"
-    unit.parent.mkdir(parents=True)
-    unit.touch()
-    assert start_command(tmp_path) == "systemctl --user start halka"
-    unit = tmp_path / "etc/systemd/system/halka.service"
-    unit.parent.mkdir(parents=True)
-    unit.touch()
-    assert start_command(tmp_path) == "sudo systemctl start halka"
 
 
 def test_another_program_on_the_port_is_not_taken_for_an_agent(
@@ -325,6 +307,19 @@ def test_a_mistake_of_our_own_is_one_line_and_a_traceback_only_on_demand(
     monkeypatch.delenv("HALKA_LOG")
     assert cli.main(["run"]) == 1  # of a service: its log is all that is left
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_failed_inside_of_the_agents_tasks_is_said_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stumble(args: object) -> int:
+        error = ConfigError("127.0.0.1:42552 is taken; set HALKA_HTTP to another address")
+        raise ExceptionGroup("unhandled", [ExceptionGroup("errors", [error])])
+
+    monkeypatch.setattr(run_word, "command", stumble)
+    assert cli.main(["run"]) == 2
+    told = capsys.readouterr().err
+    assert told == "halka: 127.0.0.1:42552 is taken; set HALKA_HTTP to another address\n"
 
 
 def test_a_terminal_without_unicode_is_given_plain_characters(agent: AgentDouble) -> None:
