@@ -52,8 +52,7 @@ LIBRARIES = {
     "zeroconf": {"peer/cluster/mdns.py"},
     "jinja2": {"peer/models/template.py"},
     "zmq": {
-        "peer/cluster/transport.py", "peer/cluster/listener.py", "peer/cluster/keydoor.py",
-        "peer/cluster/identity.py",
+        "peer/cluster/transport.py", "peer/cluster/sockets.py", "peer/cluster/identity.py",
         "peer/ring/sockets.py", "peer/ring/pipe.py", "peer/ring/stage.py", "peer/ring/head.py",
         "peer/ring/entry.py",
     },
@@ -183,6 +182,20 @@ def test_a_library_is_named_in_few_files(library: str) -> None:
         for path in python_files("peer", "backends", "install")
         for line, imported in imports(path)
         if imported.partition(".")[0] == library and not name(path).startswith(allowed)
+    )
+
+
+@pytest.mark.parametrize("library", ["aiohttp", "jinja2", "rich", "zeroconf", "zmq"])
+def test_the_list_of_those_files_is_no_longer_than_it_must_be(library: str) -> None:
+    naming = {
+        name(path)
+        for path in python_files("peer", "backends")
+        if any(imported.partition(".")[0] == library for _, imported in imports(path))
+    }
+    none(
+        f"{allowed} does not import {library} (any more): remove it from LIBRARIES"
+        for allowed in LIBRARIES[library]
+        if not any(file.startswith(allowed) for file in naming)
     )
 
 
