@@ -162,7 +162,7 @@ def test_odd_batches_are_refused_by_name(stored: Stored) -> None:
 
 
 def _answers(names: Sequence[str], errors: Path) -> dict[str, dict[str, Any]]:
-    """What one worker process says of these models, as far as it comes."""
+    """What one child process says of these models, as far as it comes."""
     found: dict[str, dict[str, Any]] = {}
     with (
         errors.open("w") as stderr,
@@ -172,14 +172,14 @@ def _answers(names: Sequence[str], errors: Path) -> dict[str, dict[str, Any]]:
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-        ) as worker,
+        ) as process,
     ):
-        assert worker.stdout is not None
-        lines = (line for line in worker.stdout if line.startswith("{"))
+        assert process.stdout is not None
+        lines = (line for line in process.stdout if line.startswith("{"))
         for name, line in zip(names, lines, strict=False):
             found[name] = json.loads(line)
     if len(found) < len(names):  # libllama aborted it
-        why = f"the process ended with {worker.returncode}: {errors.read_text()[-2000:]}"
+        why = f"the process ended with {process.returncode}: {errors.read_text()[-2000:]}"
         found[names[len(found)]] = {"failed": why}
     return found
 
@@ -197,7 +197,7 @@ def compared(
     ]
     found: dict[str, dict[str, Any]] = {}
     while left:
-        found |= _answers(left, tmp_path_factory.mktemp("worker") / "errors")
+        found |= _answers(left, tmp_path_factory.mktemp("models") / "errors")
         left = [name for name in left if name not in found]
     return found
 

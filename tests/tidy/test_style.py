@@ -307,10 +307,7 @@ def test_every_dependency_has_its_reason_beside_it() -> None:
     none(complaints())
 
 
-IMPORTED_AS = {"pyzmq": "zmq", "nvidia-ml-py": "pynvml", "llama-cpp-python": "llama_cpp"}
-
-
-NOT_YET = {"pynvml"}  # free memory of NVIDIA GPUs: comes with the planner that counts it
+IMPORTED_AS = {"pyzmq": "zmq", "llama-cpp-python": "llama_cpp"}
 
 
 def test_every_dependency_is_used_and_everything_used_is_one() -> None:
@@ -325,4 +322,4 @@ def test_every_dependency_is_used_and_everything_used_is_one() -> None:
     }
     used -= sys.stdlib_module_names | set(PACKAGES)
     assert used - declared == set(), "imported, but not in pyproject.toml"
-    assert declared - used == NOT_YET, "in pyproject.toml, but never imported"
+    assert declared - used == set(), "in pyproject.toml, but never imported"

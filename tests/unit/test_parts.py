@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -471,7 +470,7 @@ def test_whoever_holds_the_folder_finds_the_headers_as_it_placed_them(
                 placed = parts.place(
                     folder, manifest, recipe(first, last, 8, True), first, last, into
                 )
-                time.sleep(0.001)  # loading
+                threading.Event().wait(0.001)  # loading
                 found = [value(path, "split.no") for path in placed.files]
                 if found != list(range(len(placed.files))):
                     wrong.append(found)
