@@ -132,10 +132,9 @@ class Agent:
                 continue
             self._answered = host, port
             return connection
-        at = " or ".join(_joined(*c) for c in self.candidates if c[1]) or "any address"
-        raise CommandError(
-            f"halka is not running: no agent answers at {at}", f"start it: {start_command()}", 3
-        )
+        tried = " or ".join(_joined(*candidate) for candidate in self.candidates if candidate[1])
+        why = f"no agent answers at {tried}" if tried else f"{self.settings.home} has no agent"
+        raise CommandError(f"halka is not running: {why}", f"start it: {start_command()}", 3)
 
     def _broken(self, error: Exception) -> CommandError:
         why = "it was silent" if isinstance(error, TimeoutError) else "the connection broke"

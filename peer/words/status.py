@@ -88,11 +88,10 @@ def _heading(status: Status, screen: Screen) -> list[str]:
 def _model(status: Status, screen: Screen) -> list[str]:
     model = status.model
     if not model.id:
-        return [
-            *screen.wrap("none yet" + (f": {model.why}" if model.why else ""), "Model    "),
-            "         get one: " + screen.paint("halka pull smollm2", "bold"),
-            "",
-        ]
+        out = screen.wrap("none yet" + (f": {model.why}" if model.why else ""), "Model    ")
+        if not model.why or "no model" in model.why:
+            out.append("         get one: " + screen.paint("halka pull smollm2", "bold"))
+        return [*out, ""]
     dot = screen.pick(" · ", ", ")
     facts = [screen.clean(model.id), count(model.layers, "layer")]
     if model.context:

@@ -78,3 +78,8 @@ def test_how_to_start_the_agent_follows_how_it_was_installed(
     unit.parent.mkdir(parents=True)
     unit.touch()
     assert start_command(tmp_path) == "sudo systemctl start halka"
+
+
+def test_a_home_without_an_agent_is_named(home: Path) -> None:
+    with pytest.raises(CommandError, match=f"{home} has no agent"):
+        Agent(str(home), "127.0.0.1:0").status()
