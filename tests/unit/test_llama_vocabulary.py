@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -56,10 +55,8 @@ def test_spellings_of_control_tokens_are_only_read_where_asked(real: Vocabulary)
     assert b"".join(real.pieces()[i] for i in plain) == b"<|im_start|>user"
 
 
-def test_a_real_vocabulary_answers_at_once(real: Vocabulary) -> None:
-    began_s = time.perf_counter()
+def test_a_real_vocabulary_has_a_piece_for_every_id(real: Vocabulary) -> None:
     pieces = real.pieces()
-    assert time.perf_counter() - began_s < 0.3
     assert len(pieces) == 49152
     assert real.text_of(2) == "<|im_end|>"
     assert 2 in real.ends
