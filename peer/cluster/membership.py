@@ -179,6 +179,11 @@ class Membership:
         peer = self._peers.get(peer_id)
         return tuple(peer.addresses) if peer else ()
 
+    def incarnation_of(self, peer_id: str) -> int:
+        """Of the peer's run that was linked last; -1 where none was."""
+        peer = self._peers.get(peer_id)
+        return peer.incarnation if peer else -1
+
     def has_room(self, peer_id: str) -> bool:
         """Whether this peer may become a member, or is one."""
         return peer_id in self.members or len(self.members) < PEERS_MAX - 1
@@ -276,7 +281,9 @@ class Membership:
             if len(self._peers) >= PEERS_MAX and not self._evict():
                 return [HangUp(up.peer_id)]
             peer = self._peers[up.peer_id] = _Peer(up.key, [], self.now)
-        if peer.member and up.incarnation != peer.incarnation:
+        if peer.member and up.incarnation < peer.incarnation:
+            return []  # a hello of an earlier run, overtaken by its successor's
+        if peer.member and up.incarnation > peer.incarnation:
             actions.append(Lost(up.peer_id, "it was started anew"))
             peer.member = False
         heard_of = ((up.dialled,) if up.dialled else ()) + up.addresses

@@ -5,8 +5,7 @@ what the message says. A link works both ways whoever dialled it, and however ma
 there are to one peer they are one link: it is up while any of them is. What is malformed,
 oversized, early or from nobody is dropped, counted and said in the log, not too often.
 
-Routing ids are random for each dial: nobody can guess another's and take its place (ROUTER_HANDOVER
-is for our own reconnects). Multipart messages of more than the expected frames are dropped; libzmq
+Multipart messages of more than the expected frames are dropped; libzmq
 holds a message whole before we see it, and bounds only its single frames.
 """
 
@@ -15,22 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import secrets
-import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import zmq
 import zmq.asyncio
-from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from peer.cluster import addresses
-from peer.cluster.admission import may_connect
+from peer.cluster import addresses, sockets
 from peer.cluster.complaints import Complaints
 from peer.cluster.identity import peer_id_of
+from peer.cluster.links import Event, Linked, NotReached, Path, Received, Turned, Unlinked
 from peer.errors import ProtocolError
 from peer.protocol import (
     MESSAGE_BYTES_MAX,
@@ -47,86 +41,9 @@ from peer.protocol import (
 
 log = logging.getLogger("halka.cluster")
 
-DOMAIN = b"halka"  # of ZAP; must be the same on the socket and in the handler's mind
-QUEUE_MESSAGES = 256  # for each link and direction; beyond it messages are dropped, not stored
 YIELD_EVERY = 32  # messages; awaiting what is there already would never let others run
 INCOMING_MAX = 2  # connections from one peer that are kept; an older one was replaced
 FAREWELL_S = 0.1  # for a goodbye to leave; a peer that takes longer misses it and hears silence
-_ENDED = (
-    zmq.Event.DISCONNECTED
-    | zmq.Event.CLOSED
-    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
-    | zmq.Event.HANDSHAKE_FAILED_AUTH
-)
-
-
-# What the transport tells ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Linked:
-    """A connection agreed with hello and welcome. dialled: the address, where we dialled."""
-
-    peer_id: str
-    key: str
-    hello: Hello | Welcome
-    host: str
-    dialled: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unlinked:
-    """The last connection with the peer is gone."""
-
-    peer_id: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class NotReached:
-    """A dial came to nothing. refused: it answered, and does not want us."""
-
-    peer_id: str
-    why: str
-    refused: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Turned:
-    """A refusal, by us or by them, for people. host: where the other one is."""
-
-    peer_id: str
-    host: str
-    refusal: Refused
-    by_us: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A message on an agreed link."""
-
-    peer_id: str
-    message: Control
-
-
-Event = Linked | Unlinked | NotReached | Turned | Received
-
-
-@dataclass(slots=True, eq=False)
-class _Path:
-    """One connection with a peer."""
-
-    peer_id: str
-    key: str
-    host: str
-    socket: Any  # our DEALER, or the ROUTER
-    dialled: str = ""  # the address; "" where the peer dialled
-    routing_id: bytes = b""  # the peer's at our ROUTER, where it dialled
-    fd: int = -1
-    up: bool = False
-    incarnation: int = -1
-    task: asyncio.Task[None] | None = None
 
 
 class Transport:
@@ -155,9 +72,9 @@ class Transport:
         self._context = zmq.asyncio.Context()
         self._router: Any = None
         self._bound: dict[str, str] = {}  # host → endpoint
-        self._links: dict[str, list[_Path]] = {}  # up, best first
-        self._dials: dict[str, _Path] = {}  # by peer id, also those not yet up
-        self._incoming: dict[bytes, _Path] = {}
+        self._links: dict[str, list[Path]] = {}  # up, best first
+        self._dials: dict[str, Path] = {}  # by peer id, also those not yet up
+        self._incoming: dict[bytes, Path] = {}
         self._strangers: dict[int, str] = {}  # fd → host, until the connection proves itself
         self._tasks: asyncio.TaskGroup | None = None
         self.port = 0
@@ -169,11 +86,7 @@ class Transport:
         """Listen on these addresses, all on one port (0: the system chooses). Raises OSError."""
         self._zap = self._context.socket(zmq.REP)
         self._zap.bind("inproc://zeromq.zap.01")  # before any socket that it guards
-        self._router = self._new_socket(zmq.ROUTER)
-        self._router.curve_server = True
-        self._router.curve_secretkey = self._secret.encode()
-        self._router.router_mandatory = True
-        self._router.router_handover = True
+        self._router = sockets.router(self._context, self._secret)
         self._monitor = self._router.get_monitor_socket(zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED)
         for host in hosts:
             self._bind(host, self.port or port)
@@ -204,7 +117,7 @@ class Transport:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 self.running.set()
-                tasks.create_task(self._answer_zap())
+                tasks.create_task(sockets.answer_zap(self._zap, self._public))
                 tasks.create_task(self._read_router())
                 tasks.create_task(self._watch_router())
         finally:
@@ -230,30 +143,22 @@ class Transport:
         if self._leaving:
             return
         self.give_up(peer_id)
-        dealer = self._new_socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, secrets.token_bytes(16))
-        dealer.setsockopt(zmq.RECONNECT_IVL, -1)  # membership decides when to dial again
-        dealer.setsockopt(zmq.IMMEDIATE, 1)
-        dealer.curve_serverkey = key.encode()
-        dealer.curve_publickey = self._public.encode()
-        dealer.curve_secretkey = self._secret.encode()
+        dealer = sockets.dealer(self._context, (self._public, self._secret), key)
         host, _ = addresses.read(address)
-        path = _Path(peer_id, key, str(host), dealer, dialled=address)
+        path = Path(peer_id, key, str(host), dealer, dialled=address)
         self._dials[peer_id] = path
         path.task = self._tasks.create_task(self._run_dial(path))
 
     def give_up(self, peer_id: str) -> None:
         """Close the dialled connection if it is not up yet."""
-        path = self._dials.get(peer_id)
-        if path is not None and not path.up:
+        if (path := self._dials.get(peer_id)) is not None and not path.up:
             self._forget(path)
 
     def hang_up(self, peer_id: str) -> None:
         """Close every connection with the peer; nothing is told."""
         for path in [*self._links.pop(peer_id, ()), self._dials.get(peer_id)]:
             if path is not None:
-                self._forget(path)
-                self._say_over(path)
+                self._end(path)
 
     def send(self, peer_id: str, message: Message) -> bool:
         """Hand a message to the link. False: there is none, or its queue is full."""
@@ -273,30 +178,10 @@ class Transport:
 
     # Inside ---------------------------------------------------------------------------------------
 
-    def _new_socket(self, kind: int) -> Any:
-        made = self._context.socket(kind)
-        made.linger = 0
-        made.maxmsgsize = MESSAGE_BYTES_MAX
-        made.sndhwm = made.rcvhwm = QUEUE_MESSAGES
-        made.zap_domain = DOMAIN
-        made.handshake_ivl = 3000
-        # A stopped process or a silent wire is noticed in 3.5 s at most, by libzmq's own thread.
-        made.heartbeat_ivl, made.heartbeat_timeout, made.heartbeat_ttl = 1000, 2500, 2500
-        made.tcp_keepalive, made.tcp_keepalive_idle = 1, 30
-        made.ipv6 = True
-        return made
-
     def _bind(self, host: str, port: int) -> None:
-        self._router.ipv6 = ":" in host
-        try:
-            self._router.bind(f"{_place(host)}:{port or '*'}")
-        except zmq.ZMQError as error:
-            raise OSError(error.errno, f"{host} port {port}: {error.strerror}") from None
-        endpoint = self._router.last_endpoint.decode().rstrip("\0")
-        self._bound[host] = endpoint
-        self.port = int(endpoint.rpartition(":")[2])
+        self._bound[host], self.port = sockets.bind(self._router, host, port)
 
-    def _send(self, path: _Path, data: bytes) -> bool:
+    def _send(self, path: Path, data: bytes) -> bool:
         frames = [data] if path.dialled else [path.routing_id, data]
         try:
             error = path.socket.send_multipart(frames, flags=zmq.DONTWAIT).exception()
@@ -306,25 +191,26 @@ class Transport:
             self._drop(path, "its connection is gone")
         return error is None
 
-    def _up(self, path: _Path, hello: Hello | Welcome) -> None:
+    def _up(self, path: Path, hello: Hello | Welcome) -> None:
         """The connection agreed: it is (part of) the link from now on."""
-        path.up, path.incarnation = True, hello.incarnation
         paths = self._links.setdefault(path.peer_id, [])
+        if any(other.incarnation > hello.incarnation for other in paths):
+            self._end(path)  # an earlier run's hello, overtaken by its successor's
+            return
+        path.up, path.incarnation = True, hello.incarnation
         for other in [p for p in paths if p.incarnation != path.incarnation]:
             paths.remove(other)  # of a run of that peer that is over
-            self._forget(other)
-            self._say_over(other)
+            self._end(other)
         paths.append(path)
         paths.sort(key=lambda p: not p.dialled)  # ours first: we see it break at once
         theirs = [p for p in paths if not p.dialled]
         for other in theirs[:-INCOMING_MAX]:
             paths.remove(other)
-            self._forget(other)
-            self._say_over(other)
+            self._end(other)
         log.debug("= link peer=%s host=%s dialled=%s", path.peer_id, path.host, bool(path.dialled))
         self._tell(Linked(path.peer_id, path.key, hello, path.host, path.dialled))
 
-    def _drop(self, path: _Path, why: str, *, refused: bool = False) -> None:
+    def _drop(self, path: Path, why: str, *, refused: bool = False) -> None:
         """A connection is over; tell what that means."""
         current = path is self._dials.get(path.peer_id) or path in self._links.get(path.peer_id, ())
         self._forget(path)
@@ -337,7 +223,7 @@ class Transport:
         elif current:
             self._tell(NotReached(path.peer_id, why, refused))
 
-    def _forget(self, path: _Path) -> None:
+    def _forget(self, path: Path) -> None:
         if path.dialled:
             if self._dials.get(path.peer_id) is path:
                 del self._dials[path.peer_id]
@@ -346,7 +232,11 @@ class Transport:
         else:
             self._incoming.pop(path.routing_id, None)
 
-    def _say_over(self, path: _Path) -> None:
+    def _end(self, path: Path) -> None:
+        self._forget(path)
+        self._say_over(path)
+
+    def _say_over(self, path: Path) -> None:
         """Tell whoever dialled that its connection is no link (any more). It closes it then.
 
         A ROUTER cannot close one connection, and a goodbye would end the peer's other ones too.
@@ -357,9 +247,9 @@ class Transport:
 
     # Dialled connections --------------------------------------------------------------------------
 
-    async def _run_dial(self, path: _Path) -> None:
+    async def _run_dial(self, path: Path) -> None:
         assert self._tasks is not None
-        monitor = path.socket.get_monitor_socket(_ENDED | zmq.Event.HANDSHAKE_SUCCEEDED)
+        monitor = path.socket.get_monitor_socket(sockets.DIAL_EVENTS)
         reader = self._tasks.create_task(self._read_dealer(path))
         try:
             path.socket.connect(path.dialled)
@@ -373,22 +263,17 @@ class Transport:
                 path.socket.close()
             monitor.close(0)
 
-    async def _watch_dial(self, path: _Path, monitor: Any) -> str:
+    async def _watch_dial(self, path: Path, monitor: Any) -> str:
         """Say hello when the connection stands; return why it ended."""
         while True:
-            event = parse_monitor_message(await monitor.recv_multipart())["event"]
+            told = parse_monitor_message(await monitor.recv_multipart())
+            event = zmq.Event(told["event"])
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
                 path.socket.send(encode(self._introduce()), flags=zmq.DONTWAIT).exception()
-            elif event == zmq.Event.CLOSED:
-                return "nobody answers there"
-            elif event == zmq.Event.DISCONNECTED:
-                return "the connection broke"
-            elif event == zmq.Event.HANDSHAKE_FAILED_AUTH:
-                return "it does not admit this peer's key"
-            else:
-                return "it does not hold the key that it was announced with"
+            elif event in sockets.ENDED:
+                return sockets.ENDED[event]
 
-    async def _read_dealer(self, path: _Path) -> None:
+    async def _read_dealer(self, path: Path) -> None:
         count = 0
         while True:
             frames = await path.socket.recv_multipart()
@@ -408,27 +293,13 @@ class Transport:
             else:
                 self._complaints.note(f"{path.peer_id}@{path.host}", "message before welcome")
 
-    def _welcomed(self, path: _Path, welcome: Welcome) -> None:
-        refusal = self._judge(welcome, path.key)
-        if refusal is None:
-            self._up(path, welcome)
-            return
+    def _welcomed(self, path: Path, welcome: Welcome) -> None:
+        if (refusal := self._judge(welcome, path.key)) is None:
+            return self._up(path, welcome)
         self._tell(Turned(path.peer_id, path.host, refusal, by_us=True))
         self._drop(path, refusal.why, refused=True)
 
     # Connections of those who dialled us ----------------------------------------------------------
-
-    async def _answer_zap(self) -> None:
-        """Name the key of every connection; libzmq has proved it and asks whether to go on."""
-        while True:
-            frames = await self._zap.recv_multipart()
-            if len(frames) != 7 or frames[5] != b"CURVE" or frames[2] != DOMAIN:
-                head, key = frames[:2] if len(frames) > 1 else [b"1.0", b""], ""
-            else:
-                head, key = frames[:2], z85.encode(frames[6]).decode()
-            good = bool(key) and may_connect(key, self._public)
-            status = [b"200", b"OK"] if good else [b"400", b"not admitted"]
-            await self._zap.send_multipart([*head, *status, key.encode(), b""])
 
     async def _read_router(self) -> None:
         count = 0
@@ -437,15 +308,12 @@ class Transport:
             count += 1
             if count % YIELD_EVERY == 0:
                 await asyncio.sleep(0)
-            last = frames[-1]
-            try:
-                key, host, fd = last.get("User-Id"), last.get("Peer-Address"), last.get("__fd")
-            except zmq.ZMQError:
+            origin = sockets.origin_of(frames[-1])
+            if origin is None:
                 self._complaints.note("somebody", "message without a key")
                 continue
-            host = host.removeprefix("::ffff:")
-            self._strangers.pop(int(fd), None)
-            peer_id = peer_id_of(key)
+            self._strangers.pop(origin.fd, None)
+            key, host, peer_id = origin.key, origin.host, peer_id_of(origin.key)
             message = self._decode([frame.bytes for frame in frames[1:]], peer_id, host)
             if message is None:
                 continue
@@ -455,16 +323,16 @@ class Transport:
             elif self._leaving:
                 continue
             elif isinstance(message, Hello):
-                new = _Path(peer_id, key, host, self._router, "", frames[0].bytes, int(fd))
+                new = Path(peer_id, key, host, self._router, "", frames[0].bytes, origin.fd)
                 self._greet(new, message)
             elif path is not None:
                 self._take(path, message)
             else:
                 # It may take for a link what we forgot. Told so, it dials again.
-                self._say_over(_Path(peer_id, key, host, self._router, "", frames[0].bytes))
+                self._say_over(Path(peer_id, key, host, self._router, "", frames[0].bytes))
                 self._complaints.note(f"{peer_id}@{host}", "message before hello")
 
-    def _greet(self, path: _Path, hello: Hello) -> None:
+    def _greet(self, path: Path, hello: Hello) -> None:
         refusal = self._judge(hello, path.key)
         if refusal is not None:
             self._send_to(path.routing_id, refusal)
@@ -475,7 +343,7 @@ class Transport:
         if not self._send_to(path.routing_id, welcome):
             return
         known = self._incoming.get(path.routing_id)
-        if known is not None and known.incarnation == hello.incarnation:
+        if known and known.incarnation == hello.incarnation:
             return  # said twice
         self._incoming[path.routing_id] = path
         self._up(path, hello)
@@ -485,14 +353,14 @@ class Transport:
             event = parse_monitor_message(await self._monitor.recv_multipart())
             fd = int(event["value"])
             if event["event"] == zmq.Event.ACCEPTED:
-                self._strangers[fd] = _remote_host(fd)
+                self._strangers[fd] = sockets.remote_host(fd)
                 continue
             if (host := self._strangers.pop(fd, None)) is not None:
                 self._complaints.note(host, "connection that spoke no halka")
             for path in [p for p in self._incoming.values() if p.fd == fd]:
                 await self._probe(path)
 
-    async def _probe(self, path: _Path) -> None:
+    async def _probe(self, path: Path) -> None:
         """Whether the connection is really gone: its number may be another's already.
 
         The ROUTER knows a moment after the monitor tells: it refuses what is sent there. The hello
@@ -524,22 +392,9 @@ class Transport:
             self._complaints.note(f"{peer_id}@{host}", "malformed message", str(error))
             return None
 
-    def _take(self, path: _Path, message: Control) -> None:
+    def _take(self, path: Path, message: Control) -> None:
         if isinstance(message, Refused):
             self._drop(path, "the peer ended the link")
         if isinstance(message, Hello | Welcome | Refused):
             return  # said twice, or a probe
         self._tell(Received(path.peer_id, message))
-
-
-def _place(host: str) -> str:
-    return f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
-
-
-def _remote_host(fd: int) -> str:
-    """Who is at the other end, for the log. The number may be closed already."""
-    try:
-        with socket.socket(fileno=os.dup(fd)) as copy:
-            return str(copy.getpeername()[0])
-    except OSError:
-        return "somebody"

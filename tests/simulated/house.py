@@ -18,12 +18,12 @@ import math
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from peer.cluster import election as e
 from peer.cluster import membership as m
 from peer.config import Timing
+from tests.simulated.faults import Faults, Process
 
 CHAOS_S = 12.0
 SETTLE_S = 22.0  # > dial_again_max_s, then a loss and an election; most houses need far less
@@ -35,49 +35,6 @@ STORY_LINES = 80
 
 class Broken(AssertionError):
     """Something that must hold does not. The text begins with the seed."""
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What one seed does to its house. Rates are for each second of chaos, in the whole house."""
-
-    delay_max_s: float
-    loss: float
-    duplicates: float
-    rates: dict[str, float]
-
-    @classmethod
-    def draw(cls, rng: random.Random) -> Faults:
-        """Each kind of fault is absent in about half of the seeds, so that single ones show."""
-
-        def some(most: float) -> float:
-            return rng.random() * most if rng.random() < 0.5 else 0.0
-
-        kinds = ("cut", "one_way", "split", "heal", "kill", "power", "start", "stop")
-        rates = {kind: some(0.7) for kind in kinds}
-        rates["heal"] += 0.2
-        rates["start"] += 0.2
-        return cls(rng.choice((0.01, 0.1, 0.3, 0.6)), some(0.3), some(0.2), rates)
-
-
-@dataclass(eq=False)
-class Process:
-    """One agent: two machines, its connections, its disk."""
-
-    me: str
-    stored_term: int = 0
-    incarnation: int = 0
-    alive: bool = False
-    powered: bool = True  # a machine without power does not even refuse
-    stopped: bool = False
-    membership: m.Membership = field(init=False)
-    election: e.Election = field(init=False)
-    connections: dict[int, str] = field(default_factory=dict)
-    dials: dict[str, int] = field(default_factory=dict)
-    over: set[int] = field(default_factory=set)  # connections that ended; none begins twice
-    backlog: list[tuple[Any, ...]] = field(default_factory=list)
-    timer_at: float = math.inf
-    lost_since_stop: list[str] = field(default_factory=list)
 
 
 class House:
@@ -173,10 +130,13 @@ class House:
         here = {p.me for p in self.peers.values() if p.alive}
         views = {p.me: p.election.coordinator for p in self.peers.values() if p.alive}
         terms = {p.election.term for p in self.peers.values() if p.alive}
-        for process in self.peers.values():
-            if process.alive and process.membership.members != here - {process.me}:
+        for process in (self.peers[name] for name in sorted(here)):
+            if process.membership.members != here - {process.me}:
                 members = sorted(process.membership.members)
                 return f"{process.me} sees {members}, here are {sorted(here)}"
+            for other, run in process.joined.items():
+                if self.peers[other].incarnation != run:
+                    return f"{process.me} never noticed that {other} was started anew"
         if len(set(views.values())) != 1 or not set(views.values()) <= here or len(terms) != 1:
             return f"no agreement: {views}, terms {sorted(terms)}"
         return ""
@@ -241,7 +201,7 @@ class House:
         process.alive, process.powered, process.stopped = True, True, False
         process.incarnation += 1
         process.connections, process.dials, process.backlog = {}, {}, []
-        process.over = set()
+        process.joined, process.over = {}, set()
         self.followed[name] = (-1, "")
         process.membership = self.make_membership(name, self.timing, self.now)
         process.election = self.make_election(name, self.timing, self.now, term=process.stored_term)
@@ -329,7 +289,9 @@ class House:
         pending = process.dials.get(other) == number
         match kind:
             case "hello":
-                if not known and number not in process.over:
+                if theirs < process.joined.get(other, 0):
+                    self.send(process, other, "reset", number)
+                elif not known and number not in process.over:
                     process.connections[number] = other
                     self.send(process, other, "welcome", number)
                     self.linked(process, other, theirs, "")
@@ -412,6 +374,7 @@ class House:
                 self.hang_up(process, other)
             case m.Joined(other):
                 self.tell(process.me, "joined", other)
+                process.joined[other] = process.membership.incarnation_of(other)
                 inbox.append(e.PeerUp(other))
                 known = tuple(process.membership.members)
                 for member in known:
@@ -419,6 +382,7 @@ class House:
             case m.Lost(other, why):
                 self.tell(process.me, "lost", other, why)
                 process.lost_since_stop.append(other)
+                process.joined.pop(other, None)
                 inbox.append(e.PeerDown(other))
             case m.SendBeats() | e.Publish():
                 for member in process.membership.members:

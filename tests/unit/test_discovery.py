@@ -186,7 +186,7 @@ async def test_an_interface_that_vanished_does_not_end_mdns(until: Any) -> None:
     shouting = Mdns(lambda: me, lambda other: None)
     shouting.follow(["192.0.2.254"])  # not an address of this machine
     running = asyncio.create_task(shouting.run())
-    await asyncio.sleep(0.1)
+    await until(lambda: "192.0.2.254" in shouting.problem, 5, "status tells")
     shouting.follow(["127.0.0.1"])
     heard: list[Announced] = []
     other = record("tcp://127.0.0.1:4243")

@@ -138,6 +138,12 @@ def test_a_peer_started_anew_is_lost_and_joined(two: Clocked) -> None:
     assert two.feed(again) == [Lost("b", "it was started anew"), Joined("b")]
 
 
+def test_a_late_hello_of_an_earlier_run_changes_nothing(two: Clocked) -> None:
+    two.feed(LinkUp("b", "key of b", 2))
+    assert two.feed(UP) == []
+    assert two.machine.incarnation_of("b") == 2
+
+
 def test_a_goodbye_is_a_loss_at_once(two: Clocked) -> None:
     assert two.feed(Left("b", "shutdown")) == [HangUp("b"), Lost("b", "shutdown")]
     assert two.machine.members == frozenset()

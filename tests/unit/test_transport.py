@@ -14,9 +14,10 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from peer.cluster import transport as t
+from peer.cluster import links as t
 from peer.cluster.complaints import Complaints
 from peer.cluster.identity import peer_id_of
+from peer.cluster.transport import Transport
 from peer.errors import ProtocolError
 from peer.planning.plan import PlanId
 from peer.protocol import (
@@ -45,7 +46,7 @@ class End:
         self.incarnation = incarnation
         self.told: list[t.Event] = []
         self.complaints = Complaints(time.monotonic)
-        self.transport = t.Transport(
+        self.transport = Transport(
             *self.pair,
             tell=self.told.append,
             introduce=self.hello,
