@@ -69,6 +69,7 @@ class Agent:
         self.heard: Plans | None = None
         self.texts: dict[str, Text] = {}
         self.text_errors: dict[str, str] = {}
+        self.unusable: dict[str, str] = {}  # why a model of the store cannot be offered, by digest
         self.supervisor = Supervisor(self._stage_told, self._stage_exited)
         self.entry = Entry(
             identity.public.encode(), identity.secret.encode(), config.timing.step_s + 10
@@ -139,6 +140,12 @@ class Agent:
             self.offers[self.me] = tuple(offers)
             self.cluster.broadcast(self._announcement())
             self._members()
+
+    def introduce(self, profile: Profile) -> None:
+        """This machine can do something else than before: tell everybody."""
+        self.profiles[self.me] = profile
+        self.cluster.broadcast(self._announcement())
+        self._members()
 
     def _members(self) -> None:
         present = frozenset({self.me, *self.cluster.members})

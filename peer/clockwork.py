@@ -1,4 +1,6 @@
-"""Small pieces between pure machines and the loop: an alarm, and a queue of events in one order."""
+"""Small pieces between pure machines and the loop: an alarm, a queue of events in one order, and
+when to try again what failed.
+"""
 
 from __future__ import annotations
 
@@ -53,3 +55,29 @@ class Turns:
         finally:
             self._calls.clear()
             self._running = False
+
+
+class Retries:
+    """When to try again what failed, by name: after `first_s`, then after twice as long each time.
+
+    What will never work then costs next to nothing, and what was bad luck is mended by itself.
+    """
+
+    def __init__(self, first_s: float, most_s: float) -> None:
+        self._first_s, self._most_s = first_s, most_s
+        self._failed: dict[str, tuple[float, float]] = {}  # when again; the wait until then
+
+    def due(self, name: str, now: float) -> bool:
+        """Whether it may be tried now."""
+        again, _ = self._failed.get(name, (now, 0.0))
+        return now >= again
+
+    def failed(self, name: str, now: float) -> None:
+        """It was tried, and it failed."""
+        _, before_s = self._failed.get(name, (now, 0.0))
+        wait_s = min(2 * before_s or self._first_s, self._most_s)
+        self._failed[name] = (now + wait_s, wait_s)
+
+    def worked(self, name: str) -> None:
+        """It was tried, and it worked."""
+        self._failed.pop(name, None)

@@ -20,16 +20,19 @@ from typing import Any
 from peer import VERSION, notify, report
 from peer.agent import Agent
 from peer.api.server import Server
+from peer.clockwork import Retries
 from peer.cluster.identity import Identity
 from peer.config import Config
 from peer.errors import ConfigError, HalkaError, ModelError
-from peer.models.store import Store
+from peer.models.store import Store, Stored
 from peer.planning import survey
 from peer.planning.profile import ModelOffer, ModelShape
 
 log = logging.getLogger("halka.agent")
 
 STORE_S = 1.0  # between looks at the store: `halka pull` is noticed within a second
+MEASURE_AGAIN_S = 30.0  # after measuring failed: its process may have been killed, or the disk full
+MEASURE_AGAIN_MAX_S = 3600.0  # of a model that no engine here runs, at last
 STATUS_S = 5.0  # between lines for `systemctl status`
 
 
@@ -70,7 +73,7 @@ class Daemon:
         self.stop = asyncio.Event()
         self.server: Server | None = None
         self._shapes: dict[str, ModelShape] = {}
-        self._unusable: dict[str, str] = {}
+        self._measuring = Retries(MEASURE_AGAIN_S, MEASURE_AGAIN_MAX_S)
 
     async def run(self) -> int:
         """From the first object to the last goodbye."""
@@ -78,7 +81,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop.set)
         store = await asyncio.to_thread(Store, self.config.home)
-        engines = await survey.engines(self.config)
+        if not (engines := await survey.engines(self.config)):
+            self._measuring.failed("engines", time.monotonic())
         profile = await asyncio.to_thread(
             survey.profile, self.config, self.identity.peer_id, engines
         )
@@ -130,25 +134,48 @@ class Daemon:
     async def _watch_store(self, agent: Agent, store: Store) -> None:
         """Offer what is in the store; measure a model once, when it is first seen."""
         while True:
+            if not agent.profiles[agent.me].engines:
+                await self._look_for_engines(agent)
             offers = []
-            for stored in await asyncio.to_thread(store.models):
-                shape = await self._shape(agent, store, stored.digest)
+            stored_models = await asyncio.to_thread(store.models)
+            here = {stored.digest for stored in stored_models}
+            agent.unusable = {k: v for k, v in agent.unusable.items() if k in here}
+            for stored in stored_models:
+                shape = await self._shape(agent, store, stored)
                 if shape is not None:
                     offers.append(ModelOffer(shape, stored.pulled_s, stored.parts))
             agent.announce(offers)
             await asyncio.sleep(STORE_S)
 
-    async def _shape(self, agent: Agent, store: Store, digest: str) -> ModelShape | None:
-        if digest in self._shapes or digest in self._unusable:
+    async def _look_for_engines(self, agent: Agent) -> None:
+        """None was found at start; one may have been installed since, or been unlucky then."""
+        if not self._measuring.due("engines", time.monotonic()):
+            return
+        if engines := await survey.engines(self.config):
+            profile = await asyncio.to_thread(survey.profile, self.config, agent.me, engines)
+            log.info("engines=%s", ",".join(engine.device for engine in engines))
+            agent.introduce(profile)
+            self._measuring.worked("engines")
+        else:
+            self._measuring.failed("engines", time.monotonic())
+
+    async def _shape(self, agent: Agent, store: Store, stored: Stored) -> ModelShape | None:
+        digest, engines = stored.digest, agent.profiles[agent.me].engines
+        if digest in self._shapes or not self._measuring.due(digest, time.monotonic()):
             return self._shapes.get(digest)
-        engines = agent.profiles[agent.me].engines
         if not engines or not await asyncio.to_thread(store.has, digest, "head"):
             return None
         try:
             self._shapes[digest] = await survey.shape(engines[0].backend, store.folder(digest))
         except ModelError as error:
-            self._unusable[digest] = str(error)
-            log.warning("model=unusable digest=%s because=%s", digest[:12], error)
+            self._measuring.failed(digest, time.monotonic())
+            why = f"{stored.manifest.model}: {error}"
+            if agent.unusable.get(digest) != why:
+                log.warning("model=unusable digest=%s because=%s", digest[:12], why)
+            agent.unusable[digest] = why
+        else:
+            self._measuring.worked(digest)
+            agent.unusable.pop(digest, None)
         return self._shapes.get(digest)
 
     async def _tell_service_manager(self, agent: Agent) -> None:

@@ -184,6 +184,8 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
     for digest, why in agent.text_errors.items():
         if shown and digest == shown.plan.shape.digest:
             yield Problem(f"this peer cannot read the model's words: {why}", "halka status --watch")
+    for why in agent.unusable.values():
+        yield Problem(f"a model on this disk cannot be run here. {why}", "halka models")
     for part in agent.duty.parts.values():
         if part.mine and part.dead:
             yield Problem(f"plan {part.state.plan.id} failed here: {part.dead}", "halka plan")

@@ -1,0 +1,106 @@
+"""The daemon's look at the store: what failed to be measured is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peer import daemon
+from peer.config import Config
+from peer.errors import ModelError
+from peer.models.imports import import_gguf
+from peer.models.store import Store
+from peer.planning import survey
+from peer.planning.profile import EngineProfile, ModelOffer, ModelShape, Profile
+from tests import fake_models
+from tests.conftest import Until
+
+CPU = EngineProfile("fake", "CPU", "cpu")
+
+
+class OneAgent:
+    """What the daemon sees of an agent."""
+
+    me = "a" * 16
+
+    def __init__(self, *engines: EngineProfile) -> None:
+        self.profiles = {self.me: Profile(self.me, "oak", "linux", 2, 1 << 30, 1 << 30)}
+        self.introduce(self._with(*engines))
+        self.unusable: dict[str, str] = {}
+        self.offered: list[str] = []
+
+    def _with(self, *engines: EngineProfile) -> Profile:
+        return Profile(self.me, "oak", "linux", 2, 1 << 30, 1 << 30, engines=engines)
+
+    def introduce(self, profile: Profile) -> None:
+        self.profiles[self.me] = profile
+
+    def announce(self, offers: Sequence[ModelOffer]) -> None:
+        self.offered = [offer.shape.model for offer in offers]
+
+
+class NoIdentity:
+    peer_id = OneAgent.me
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """One model, and a daemon in a hurry."""
+    monkeypatch.setattr(daemon, "STORE_S", 0.01)
+    monkeypatch.setattr(daemon, "MEASURE_AGAIN_S", 0.2)
+    store = Store(tmp_path / "home")
+    import_gguf(fake_models.write(tmp_path / "a.gguf", name="elm"), store)
+    return store
+
+
+@contextlib.asynccontextmanager
+async def watching(agent: OneAgent, store: Store) -> Any:
+    watcher: Any = daemon.Daemon(Config.loopback(backend="fake"), NoIdentity())  # type: ignore[arg-type]
+    task = asyncio.create_task(watcher._watch_store(agent, store))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_model_whose_measurement_was_killed_is_offered_later(
+    store: Store, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    measure, tries = survey.shape, 0
+
+    async def killed_once(backend: str, folder: Path) -> ModelShape:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise ModelError("measuring fake was ended by signal 9")
+        return await measure(backend, folder)
+
+    monkeypatch.setattr(survey, "shape", killed_once)
+    agent = OneAgent(CPU)
+    async with watching(agent, store):
+        await until(lambda: agent.unusable, 10, "the failure is told")
+        (why,) = agent.unusable.values()
+        assert why == "elm-f32: measuring fake was ended by signal 9"
+        assert agent.offered == []
+        await until(lambda: agent.offered == ["elm-f32"], 20, "it is offered after all")
+        assert agent.unusable == {}
+    assert tries == 2
+
+
+async def test_an_engine_that_did_not_start_is_looked_for_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    async def found(config: Config) -> tuple[EngineProfile, ...]:
+        return (CPU,)
+
+    monkeypatch.setattr(survey, "engines", found)
+    agent = OneAgent()
+    async with watching(agent, store):
+        await until(lambda: agent.offered == ["elm-f32"], 20, "the model is offered")
+    assert agent.profiles[agent.me].engines == (CPU,)
