@@ -35,6 +35,11 @@ class Embedding:
             path, dtype=np.uint8, mode="r", offset=offset, shape=(size // row_bytes, row_bytes)
         )
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the table, mapped like any other weights."""
+        return int(self._rows.nbytes)
+
     def rows(self, ids: NDArray[np.int32], out: NDArray[np.float32]) -> NDArray[np.float32]:
         """The rows of `ids`, written to the front of out [≥ tokens, hidden]."""
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self._rows)):

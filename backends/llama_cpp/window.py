@@ -152,7 +152,8 @@ class LoadedWindow:
         """Bytes really used, as libllama reported them while this window was loaded."""
         journal = self._library.journal
         return Footprint(
-            weights_bytes=self._llama.llama_model_size(self._model),
+            weights_bytes=self._llama.llama_model_size(self._model)
+            + (self._embedding.size_bytes if self._embedding else 0),
             kv_bytes=journal.kv_bytes,
             compute_bytes=sum(journal.compute_bytes.values()),
         )

@@ -49,6 +49,7 @@ class Head:
         as_server(self.socket, public, secret, "submit", MESSAGE_BYTES_MAX)
         self.socket.router_mandatory = True
         self.todo: schedule.Run | None = None
+        self.vocabulary = 0  # token ids below it exist; set once the windows are loaded
         self.dropped = 0
 
     def hear(self) -> None:
@@ -79,8 +80,11 @@ class Head:
             why = f"plan {message.plan} is over, {self.plan.id} is served here"
             # In the name of the plan that was asked for: an answer takes word of no other.
             self._reply(key, lambda request: Unanswered(request, message.plan, "stale", why))
-        elif ids is None or (len(ids) and int(ids.min()) < 0):
-            self._perform(schedule.Refuse(key, "invalid", "the prompt's token ids are malformed"))
+        elif ids is None or (
+            len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary
+        ):
+            why = f"the prompt has token ids that are not among the model's {self.vocabulary}"
+            self._perform(schedule.Refuse(key, "invalid", why))
         else:
             self.take(
                 schedule.Submitted(

@@ -87,6 +87,8 @@ class Stage:
         """Load the windows, open the sockets, tell the agent where they are."""
         self.tell(force=True)
         used = self.windows.load(self.folder)
+        if self.head:
+            self.head.vocabulary = self.windows.vocabulary
         self.news = msgspec.structs.replace(
             self.news,
             phase="ready",

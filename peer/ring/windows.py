@@ -34,6 +34,7 @@ class Windows:
                 split.windows[self.mine[0]].gpu_layers,
             )
         )
+        self.vocabulary = 0  # ids below it exist; known once loaded
         self._windows: dict[int, Window] = {}
         self._samplers: dict[int, Sampler] = {}
 
@@ -41,6 +42,7 @@ class Windows:
         """Place the parts of every window and load them."""
         manifest = load_manifest(folder)
         header = load_header(folder, manifest)
+        self.vocabulary = header.tensors["token_embd.weight"].shape[-1]
         weights = kv = compute = 0
         for index in self.mine:
             first, last = self.plan.split.windows[index].first, self.plan.split.windows[index].last

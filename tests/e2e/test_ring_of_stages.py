@@ -183,3 +183,12 @@ async def test_strangers_frames_on_the_ring_port_change_nothing(house: House, ri
             push.send_multipart([header, bytes(9), np.zeros(8, np.float32).tobytes()])
         assert await ring.tokens(PROMPT, 40) == house.truth(PROMPT, 40)
     assert ring.news[PEERS[1]].dropped == 0
+
+
+@pytest.mark.parametrize("token", [-1, 10_000, 2**31 - 1])
+async def test_ids_that_the_model_does_not_have_are_refused_and_the_ring_goes_on(
+    house: House, ring: Ring, token: int
+) -> None:
+    with pytest.raises(RequestError, match="not among the model's"):
+        await ring.tokens([*PROMPT, token], 3)
+    assert await ring.tokens(PROMPT, 5) == house.truth(PROMPT, 5)
