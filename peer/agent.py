@@ -87,6 +87,7 @@ class Agent:
         self.lost_peers.pop(peer_id, None)
         self.cluster.send(peer_id, self._announcement())
         self._admit()
+        self._duty(d.MemberJoined(peer_id))
         self._members()
 
     def lost(self, peer_id: str, why: str) -> None:

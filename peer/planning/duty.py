@@ -56,6 +56,13 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class MemberJoined:
+    """A peer is in reach from here."""
+
+    peer_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class MemberLost:
     """A peer is out of reach from here."""
 
@@ -68,7 +75,7 @@ class Tick:
     """Time passed."""
 
 
-Event = Heard | Fetching | Fetched | Told | Exited | MemberLost | Tick
+Event = Heard | Fetching | Fetched | Told | Exited | MemberJoined | MemberLost | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +159,7 @@ class Duty:
     why_none: str = ""  # the coordinator's word on why nothing is served
     deadline: float | None = None
     _serving: PlanId | None = None
+    _here: set[str] = field(default_factory=set)  # peers in reach; the coordinator may reach more
     _gone: dict[str, str] = field(default_factory=dict)  # why peers were lost, for plans' ends
 
     def step(self, event: Event, now: float) -> list[Action]:
@@ -167,6 +175,8 @@ class Duty:
                 actions = self._told(plan, news)
             case Exited(plan, why):
                 actions = self._failed(plan, why)
+            case MemberJoined(peer_id):
+                actions = self._joined(peer_id)
             case MemberLost(peer_id, why):
                 actions = self._lost(peer_id, why)
             case Tick():
@@ -278,7 +288,14 @@ class Duty:
         actions: list[Action] = [self._report(part, "failed", why)] if part.mine else []
         return [*actions, EndPlan(plan, why), StopStage(plan), *self._serve()]
 
+    def _joined(self, peer_id: str) -> list[Action]:
+        self._here.add(peer_id)
+        return [action for part in self.parts.values() for action in self._link(part)] + (
+            self._serve()
+        )
+
     def _lost(self, peer_id: str, why: str) -> list[Action]:
+        self._here.discard(peer_id)
         self._gone[peer_id] = why
         actions: list[Action] = []
         for plan_id, part in self.parts.items():
@@ -290,8 +307,12 @@ class Duty:
         part.report = msgspec.structs.replace(part.report, phase=phase, why=why[:1000])
         return Tell(part.report)
 
+    def _reaches(self, peer_id: str) -> bool:
+        return peer_id == self.peer_id or peer_id in self._here
+
     def _link(self, part: Part) -> list[Action]:
-        """Connect the stage once the coordinator has gathered all links."""
+        """Connect the stage once the coordinator has gathered all links and the next peer is in
+        reach: the coordinator may have met it earlier than this peer."""
         plan, links = part.state.plan, {link.peer_id: link for link in part.state.links}
         if (
             not part.mine
@@ -299,6 +320,7 @@ class Duty:
             or part.connected
             or part.report.phase not in ("ready", "linked")
             or set(links) != set(plan.ring)
+            or not self._reaches(plan.after(self.peer_id))
         ):
             return []
         part.connected = True
@@ -311,7 +333,10 @@ class Duty:
         candidates = [
             part
             for part in self.parts.values()
-            if part.state.phase == "serving" and not part.dead and part.state.links
+            if part.state.phase == "serving"
+            and not part.dead
+            and part.state.links
+            and self._reaches(part.state.plan.head)
         ]
         chosen = max(candidates, key=lambda part: part.state.plan.id, default=None)
         chosen_id = chosen.state.plan.id if chosen else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peer.planning.duty import (
     Action,
     ConnectStage,
@@ -12,6 +14,7 @@ from peer.planning.duty import (
     Fetched,
     Fetching,
     Heard,
+    MemberJoined,
     MemberLost,
     Serve,
     StartStage,
@@ -32,8 +35,12 @@ def heard(*states: PlanState, why_none: str = "") -> Heard:
     return Heard(Plans(1, states, why_none))
 
 
-def make(peer: str = PEERS[1]) -> Duty:
-    return Duty(peer, publish_s=2.0)
+def make(peer: str = PEERS[1], met: Sequence[str] = PEERS) -> Duty:
+    machine = Duty(peer, publish_s=2.0)
+    for other in met:
+        if other != peer:
+            assert machine.step(MemberJoined(other), 0) == []
+    return machine
 
 
 def reports(actions: list[Action]) -> list[Report]:
@@ -89,6 +96,29 @@ def test_the_stage_is_connected_once_to_the_one_after_it() -> None:
     (connect,) = machine.step(heard(state(PLAN, "linking")), 0)
     assert connect == ConnectStage(PLAN.id, first, "b" * 40)
     assert machine.step(heard(state(PLAN, "linking")), 0) == []
+
+
+def test_the_stage_is_connected_only_once_the_peer_after_it_is_in_reach() -> None:
+    # The coordinator has met the head already, this peer has not: it knows no way there yet.
+    machine = make(PEERS[2], met=PEERS[1:])
+    machine.step(heard(state(PLAN)), 0)
+    machine.step(Fetched(PLAN.id), 0)
+    machine.step(Told(PLAN.id, READY), 0)
+    assert machine.step(heard(state(PLAN, "linking")), 0) == []
+    first, _, _ = links(PLAN)
+    connect = ConnectStage(PLAN.id, first, "b" * 40)
+    assert machine.step(MemberJoined(PEERS[0]), 1) == [connect]
+    assert machine.step(heard(state(PLAN, "linking")), 1) == []
+
+
+def test_a_plan_is_opened_for_answers_only_once_its_head_is_in_reach() -> None:
+    machine = make(PEERS[4], met=PEERS[1:])
+    machine.step(heard(state(PLAN)), 0)
+    machine.step(Fetched(PLAN.id), 0)
+    assert machine.step(heard(state(PLAN, "serving")), 0) == []
+    assert machine.serving() is None
+    assert machine.step(MemberJoined(PEERS[0]), 1) == [Serve(PLAN, links(PLAN)[0])]
+    assert machine.serving() == state(PLAN, "serving")
 
 
 def test_plans_heard_again_change_nothing() -> None:
