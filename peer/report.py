@@ -74,7 +74,11 @@ def plan(agent: Agent) -> dict[str, Any] | None:
 def _shown(agent: Agent) -> PlanState | None:
     if serving := agent.duty.serving():
         return serving
-    states = [part.state for part in agent.duty.parts.values() if not part.dead]
+    states = [
+        part.state
+        for part in agent.duty.parts.values()
+        if not part.dead and part.state.phase != "draining"  # it takes no new answers
+    ]
     return max(states, key=lambda state: state.plan.id, default=None)
 
 
@@ -82,8 +86,10 @@ def _model(agent: Agent, shown: PlanState | None) -> ModelState:
     if shown is None:
         return ModelState(why=agent.why_not())
     plan = shown.plan
-    phase = "serving" if shown.phase == "draining" else shown.phase
-    why = "" if agent.duty.serving() else agent.duty.why_none or shown.why
+    serves = agent.duty.serving() is not None
+    # It may serve for others while this peer has not met its head yet.
+    phase = "serving" if serves else "linking" if shown.phase == "serving" else shown.phase
+    why = "" if serves else agent.duty.why_none or shown.why
     return ModelState(
         plan.shape.model,
         plan.shape.digest,
