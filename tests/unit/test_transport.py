@@ -216,6 +216,34 @@ async def test_a_peer_that_takes_anothers_name_is_refused(
     await still_works(pair, until)
 
 
+async def test_who_takes_over_anothers_connection_is_not_taken_for_it(
+    pair: tuple[End, End], raw: Any, until: Any
+) -> None:
+    """Nobody can know the victim's routing id; this test looks it up."""
+    _, b = pair
+    (routing_id,) = b.transport._incoming
+    thief = raw(b)
+    thief.setsockopt(zmq.ROUTING_ID, routing_id)
+    thief.disconnect(b.transport.addresses[0])
+    thief.connect(b.transport.addresses[0])
+    await thief.send(encode(BEAT))
+    counts = b.complaints.counts
+    await until(lambda: counts["message on another peer's link"] == 1, 5, "it is dropped")
+    assert not b.of(t.Received)
+
+
+async def test_a_hello_said_twice_is_one_link(pair: tuple[End, End], raw: Any, until: Any) -> None:
+    _, b = pair
+    keys = zmq.curve_keypair()
+    eager = raw(b, pair=keys)
+    me = peer_id_of(keys[0].decode())
+    for _ in range(2):
+        await eager.send(encode(Hello(1, "home", me, "eager", 1, (), "0")))
+    await eager.send(encode(BEAT))
+    await until(lambda: t.Received(me, BEAT) in b.told, 5, "its message arrives")
+    assert [linked.peer_id for linked in b.of(t.Linked)].count(me) == 1
+
+
 async def test_a_connection_without_curve_gets_nowhere(
     pair: tuple[End, End], raw: Any, until: Any
 ) -> None:
