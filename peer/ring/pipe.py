@@ -21,6 +21,7 @@ class Pipe:
         self._out = os.fdopen(os.dup(1), "wb", buffering=0)
         os.dup2(2, 1)
         self._pending = b""
+        self._after: list[Order] = []  # what came together with the first order
         os.set_blocking(0, False)
 
     def tell(self, message: Message) -> None:
@@ -30,15 +31,19 @@ class Pipe:
             data = data[self._out.write(data) or 0 :]
 
     def read(self) -> list[Order] | None:
-        """All whole messages that wait; None once the agent is gone."""
+        """All whole messages that wait; None once the agent is gone.
+
+        To be called once after `first`, ready or not: more may have come together with it.
+        """
+        after, self._after = self._after, []
         try:
             data = os.read(0, 1 << 20)
         except BlockingIOError:
-            return []
+            return after
         if not data:
             return None
         *lines, self._pending = (self._pending + data).split(b"\n")
-        return [_decoder.decode(line) for line in lines]
+        return after + [_decoder.decode(line) for line in lines]
 
     def first(self) -> StageOrder | None:
         """Wait for the order that begins this stage; None if the agent went away before."""
@@ -49,6 +54,7 @@ class Pipe:
             orders = self.read()
             if orders is None:
                 return None
-            for order in orders:
+            for i, order in enumerate(orders):
                 if isinstance(order, StageOrder):
+                    self._after = orders[i + 1 :]
                     return order

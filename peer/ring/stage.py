@@ -326,8 +326,10 @@ def main() -> int:
     stage = None
     try:
         stage = Stage(order, pipe)
-        stage.load()
-        stage.loop()
+        stage.hear_agent()  # may have changed its mind: a plan may be over before it is loaded
+        if not stage.stopping:
+            stage.load()
+            stage.loop()
     except (BackendFault, HalkaError, OSError, zmq.ZMQError, KeyError, ImportError) as error:
         why = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         log.error("stage=failed because=%s", why)

@@ -1,0 +1,70 @@
+"""What an agent orders together with a stage's first order is not lost."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from peer.models.imports import import_gguf
+from peer.models.store import Store
+from peer.planning.plan import PlanState
+from peer.protocol import Message, Sampling, StageAdmit, StageOrder, StageStop
+from tests import fake_models
+from tests.e2e.rings import Ring, plan_of
+
+
+@pytest.fixture
+def order(tmp_path: Path) -> StageOrder:
+    """To be the whole ring of a fake model."""
+    store = Store(tmp_path)
+    manifest = import_gguf(fake_models.write(tmp_path / "fake.gguf", end_every=0), store)
+    plan = plan_of(store, manifest, [], "fake")
+    folder = str(store.folder(manifest.digest))
+    return StageOrder(PlanState(plan, "loading"), plan.head, folder, 1, bind="127.0.0.1")
+
+
+def lines(*messages: Message) -> bytes:
+    return b"".join(msgspec.json.encode(message) + b"\n" for message in messages)
+
+
+def test_a_stage_that_is_stopped_at_once_ends_by_itself(order: StageOrder) -> None:
+    stage = subprocess.Popen(
+        [sys.executable, "-m", "peer.ring.stage"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert stage.stdin is not None
+    try:
+        stage.stdin.write(lines(order, StageStop()))
+        stage.stdin.flush()  # and is left open: nothing else tells the stage to end
+        assert stage.wait(20) == 0
+        assert stage.stdout is not None
+        assert b"ready" not in stage.stdout.read(), "it loaded for nothing"
+    finally:
+        stage.kill()
+        stage.communicate()
+
+
+async def test_a_peer_that_is_admitted_at_once_may_submit(order: StageOrder) -> None:
+    ring = Ring(order.plan.plan)
+    (supervisor,) = ring.supervisors.values()
+    began = time.monotonic()
+    try:
+        await supervisor.start(
+            order.plan, order.peer_id, Path(order.folder),
+            threads=1, step_s=20.0, bind="127.0.0.1", admitted=(),
+        )  # fmt: skip
+        supervisor.send(order.plan.plan.id, StageAdmit((ring.key,)))
+        await ring.until("ready")
+        head = ring.news[order.peer_id]
+        ring.entry.open(ring.plan.id, f"tcp://127.0.0.1:{head.submit_port}", head.key)
+        ring.entry.serve(ring.plan.id)
+        async with asyncio.timeout(20):
+            assert len(await ring.tokens([256, 65], 5, Sampling(temperature=0.0))) == 5
+    finally:
+        await ring.close()
+    assert time.monotonic() - began < 20
