@@ -11,7 +11,7 @@ from tests.netns.world import Machine
 
 
 class Stream:
-    """A chat asked on a machine. error: of the error event, "" while there is none."""
+    """A chat asked on a machine. error: what the API said is wrong, "" while nothing is."""
 
     def __init__(self, machine: Machine, question: str, **settings: Any) -> None:
         self.text, self.error, self.clean = "", "", False
@@ -41,6 +41,8 @@ class Stream:
     def _read(self) -> None:
         response = self._connection.getresponse()
         try:
+            if response.status != 200:
+                self.error = json.loads(response.read())["error"]["message"]
             for line in response:
                 if line.startswith(b"data: "):
                     self._take(line[6:].strip())
