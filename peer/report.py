@@ -192,6 +192,5 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
             yield Problem(f"this peer cannot read the model's words: {why}", "halka status --watch")
     for why in agent.unusable.values():
         yield Problem(f"a model on this disk cannot be run here. {why}", "halka models")
-    for part in agent.duty.parts.values():
-        if part.mine and part.dead:
-            yield Problem(f"plan {part.state.plan.id} failed here: {part.dead}", "halka plan")
+    if agent.duty.trouble and (shown is None or agent.me not in shown.plan.ring):
+        yield Problem(f"this peer could not take part: {agent.duty.trouble}", "halka plan")

@@ -157,6 +157,7 @@ class Duty:
     publish_s: float
     parts: dict[PlanId, Part] = field(default_factory=dict)
     why_none: str = ""  # the coordinator's word on why nothing is served
+    trouble: str = ""  # why this peer's own part of a plan failed last, until one succeeds
     deadline: float | None = None
     _serving: PlanId | None = None
     _here: set[str] = field(default_factory=set)  # peers in reach; the coordinator may reach more
@@ -264,6 +265,8 @@ class Duty:
         if news.phase == "failed":
             return self._failed(plan, news.why)
         before = part.report
+        if news.phase == "linked" and before.phase != "linked":
+            self.trouble = ""
         part.report = msgspec.structs.replace(
             part.report,
             phase=news.phase,
@@ -280,11 +283,13 @@ class Duty:
         urgent = before.phase != news.phase or (before.active > 0) != (news.active > 0)
         return [*([Tell(part.report)] if urgent else []), *self._link(part)]
 
-    def _failed(self, plan: PlanId, why: str) -> list[Action]:
+    def _failed(self, plan: PlanId, why: str, of_another: bool = False) -> list[Action]:
         part = self.parts.get(plan)
         if part is None:
             return []
         part.dead = part.dead or why
+        if part.mine and not of_another:
+            self.trouble = why
         actions: list[Action] = [self._report(part, "failed", why)] if part.mine else []
         return [*actions, EndPlan(plan, why), StopStage(plan), *self._serve()]
 
@@ -300,7 +305,8 @@ class Duty:
         actions: list[Action] = []
         for plan_id, part in self.parts.items():
             if peer_id in part.state.plan.ring and not part.dead:
-                actions += self._failed(plan_id, f"peer {peer_id} was lost: {why}")
+                lost = f"peer {peer_id} was lost: {why}"
+                actions += self._failed(plan_id, lost, of_another=True)
         return actions
 
     def _report(self, part: Part, phase: StagePhase, why: str = "") -> Tell:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from peer.planning.duty import (
     Action,
     ConnectStage,
@@ -23,7 +25,7 @@ from peer.planning.duty import (
     Tick,
     Told,
 )
-from peer.planning.plan import Plan, PlanState
+from peer.planning.plan import Plan, PlanId, PlanState
 from peer.protocol import Plans, Report, StageNews
 from tests.plans import PEERS, links, plan, state
 
@@ -164,6 +166,23 @@ def test_a_stage_that_died_is_reported_and_ends_the_answers_with_its_words() -> 
     actions = machine.step(Exited(PLAN.id, "ended by SIGKILL"), 5)
     assert reports(actions)[0].why == "ended by SIGKILL"
     assert EndPlan(PLAN.id, "ended by SIGKILL") in actions
+
+
+def test_the_peers_own_trouble_is_remembered_until_a_stage_of_its_own_is_linked() -> None:
+    machine = make()
+    serving(machine)
+    machine.step(MemberLost(PEERS[2], "gone"), 5)
+    assert machine.trouble == "", "another peer's loss is no trouble of this one"
+    later = replace(PLAN, id=PlanId(PLAN.id.term, PLAN.id.number + 1))
+    machine.step(heard(state(later, "loading")), 6)
+    machine.step(Fetched(later.id, "no space left on the disk"), 6)
+    assert machine.trouble == "no space left on the disk"
+    machine.step(heard(), 7)
+    assert machine.trouble == "no space left on the disk"
+    machine.step(MemberJoined(PEERS[2]), 8)
+    again = replace(PLAN, id=PlanId(PLAN.id.term, PLAN.id.number + 2))
+    serving(machine, again)
+    assert machine.trouble == ""
 
 
 def test_a_plan_that_cannot_be_is_refused_before_anything_is_loaded() -> None:
