@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+import hypothesis
 import psutil
 import pytest
 import pytest_asyncio
@@ -32,6 +33,19 @@ LEFT_BEHIND_S = 3.0  # for what a test stopped to really end; more is a leak
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite", action="store_true", help="write golden files anew")
+
+
+# The same cases in every run, however slow the machine: a commit is good or it is not. To look for
+# new ones: pytest --hypothesis-profile=explore
+hypothesis.settings.register_profile(
+    "same",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=5000, database=None)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_configure(config: pytest.Config) -> None:
