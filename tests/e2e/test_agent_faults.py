@@ -133,14 +133,14 @@ def test_a_killed_text_process_costs_no_answer(ring: Ring) -> None:
 
 def test_a_killed_measurement_is_made_again(ring: Ring, tmp_path: Path) -> None:
     plan = ring.serving()
-    going = Answer(ring.agents[1], "long", 200).begun()
+    going = Answer(ring.agents[1], "long", 120).begun()
     other = fake_models.write(tmp_path / "other.gguf", seed=3, name="other")
     assert ring.agents[2].word("pull", str(other)).returncode == 0
     measuring = until(lambda: ring.agents[2].processes(MEASURE), 10, "the new model is measured")
     measuring[0].kill()
     ring.serving(model="other-f32")
     assert "measuring=again" in ring.agents[2].text()
-    assert going.ended().text == told(ring.model, "long", 200)
+    assert going.ended().text == told(ring.model, "long", 120)
     ring.pull()
     assert ring.serving(model=MODEL) != plan
     ring.answers_rightly(*ring.agents)

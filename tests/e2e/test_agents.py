@@ -19,7 +19,7 @@ from tests.e2e.answers import Answer, chat, told
 
 CONTEXT = 8192
 STEADY, SLOW = "steady-f32", "slow-f32"
-TOKENS = 40
+TOKENS = 24
 
 
 class Ring(House):
