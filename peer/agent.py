@@ -10,19 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
-from peer.api.service import Piece, ServedModel
 from peer.clockwork import Alarm, Turns
 from peer.cluster.driver import Cluster
 from peer.cluster.identity import Identity
 from peer.config import Config
-from peer.errors import ModelError, NoPlan, PeerError
+from peer.errors import ModelError, PeerError
 from peer.models import transfer
 from peer.models.store import Store
-from peer.models.text import Text
 from peer.planning import duty as d
 from peer.planning import rollout as r
 from peer.planning.plan import Plan, PlanId
@@ -36,12 +32,12 @@ from peer.protocol import (
     ManifestWanted,
     Plans,
     Report,
-    Sampling,
     StageConnect,
     StageNews,
 )
 from peer.ring.entry import Entry
 from peer.ring.supervisor import Supervisor, physical_cores
+from peer.serving import Serving, Spawn
 
 log = logging.getLogger("halka.agent")
 
@@ -55,7 +51,7 @@ class Agent:
         identity: Identity,
         store: Store,
         profile: Profile,
-        spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
+        spawn: Spawn,
     ) -> None:
         self.config, self.store, self._spawn = config, store, spawn
         self.me = identity.peer_id
@@ -67,18 +63,16 @@ class Agent:
         self.duty = d.Duty(self.me, config.timing.publish_s)
         self.rollout = r.Rollout(self.me, config.timing)
         self.heard: Plans | None = None
-        self.texts: dict[str, Text] = {}
-        self.text_errors: dict[str, str] = {}
         self.unusable: dict[str, str] = {}  # why a model of the store cannot be offered, by digest
         self.supervisor = Supervisor(self._stage_told, self._stage_exited)
         self.entry = Entry(
             identity.public.encode(), identity.secret.encode(), config.timing.step_s + 10
         )
+        self.serving = Serving(self.duty, self.entry, store, self._present_offers, spawn)
         self._turns = Turns()
         self._duty_alarm = Alarm(lambda: self._duty(d.Tick()))
         self._rollout_alarm = Alarm(lambda: self._rollout(r.Tick()))
         self._fetches: dict[PlanId, asyncio.Task[None]] = {}
-        self._words: dict[str, asyncio.Task[None]] = {}
 
     # From the cluster -------------------------------------------------------------------------
 
@@ -147,6 +141,10 @@ class Agent:
         self.profiles[self.me] = profile
         self.cluster.broadcast(self._announcement())
         self._members()
+
+    def _present_offers(self) -> Iterable[ModelOffer]:
+        for peer_id in (self.me, *self.cluster.members):
+            yield from self.offers.get(peer_id, ())
 
     def _members(self) -> None:
         present = frozenset({self.me, *self.cluster.members})
@@ -226,7 +224,7 @@ class Agent:
                 host = self._host_of(plan.head)
                 self.entry.open(plan.id, f"tcp://{host}:{link.submit_port}", link.key)
                 self.entry.serve(plan.id)
-                self._learn(plan)
+                self.serving.learn(plan)
                 log.info("serving=%s plan=%s head=%s", plan.shape.model, plan.id, plan.head)
             case d.EndPlan(plan_id, why):
                 log.info("ended=plan plan=%s because=%s", plan_id, why)
@@ -311,113 +309,13 @@ class Agent:
     def _stage_exited(self, plan: PlanId, why: str) -> None:
         self._duty(d.Exited(plan, why))
 
-    # What the API asks for ----------------------------------------------------------------------
-
-    def models(self) -> list[ServedModel]:
-        """Models that are whole somewhere in the cluster, the one that is served first."""
-        state = self.duty.serving()
-        served = state.plan.shape.digest if state else ""
-        found: dict[str, ServedModel] = {}
-        if state:
-            context = state.plan.split.context
-            found[served] = ServedModel(state.plan.shape.model, 0, context, True)
-        for peer_id in (self.me, *self.cluster.members):
-            for offer in self.offers.get(peer_id, ()):
-                shape, digest = offer.shape, offer.shape.digest
-                known = found.get(digest)
-                if known is None and len(offer.parts) < shape.layers:
-                    continue
-                found[digest] = ServedModel(
-                    shape.model,
-                    max(int(offer.pulled_s), known.created_s if known else 0),
-                    known.context if known else shape.context,
-                    digest == served,
-                    "" if digest == served else self.why_not(),
-                )
-        return list(found.values())
-
-    def why_not(self) -> str:
-        """Why the cluster serves nothing, or not this, in words."""
-        if self.duty.serving():
-            return "another model is served; choose with the setting `model`"
-        if self.duty.why_none:
-            return self.duty.why_none
-        if self.duty.parts:
-            return "the ring is being made ready; try again in a moment"
-        return "the cluster is still forming; try again in a moment"
-
-    def _plan_of(self, model_id: str) -> Plan:
-        state = self.duty.serving()
-        if state is None or state.plan.shape.model != model_id:
-            raise NoPlan(self.why_not())
-        return state.plan
-
-    def context(self, model_id: str) -> int:
-        """Tokens of one request at most."""
-        return self._plan_of(model_id).split.context
-
-    async def text(self, model_id: str) -> Text:
-        """The words of the model that is served. Raises NoPlan, ModelError."""
-        plan = self._plan_of(model_id)
-        if plan.shape.digest not in self.texts and plan.shape.digest not in self._words:
-            self._learn(plan)
-        if learning := self._words.get(plan.shape.digest):
-            await asyncio.shield(learning)
-        text = self.texts.get(plan.shape.digest)
-        if text is None:
-            raise NoPlan(self.text_errors.get(plan.shape.digest, "its words are on their way"))
-        return text
-
-    def _learn(self, plan: Plan) -> None:
-        """Open the words of the served model ahead of the first question."""
-        digest = plan.shape.digest
-        if digest in self.texts or digest in self._words:
-            return
-        if not self.store.has(digest, "head"):
-            self.text_errors[digest] = "head.gguf of the model is still on its way to this peer"
-            return
-        self._words[digest] = self._spawn(self._open_text(plan), f"words of {plan.shape.model}")
-
-    async def _open_text(self, plan: Plan) -> None:
-        digest = plan.shape.digest
-        engine = "fake" if plan.split.windows[0].backend == "fake" else "llama_cpp"
-        head = self.store.folder(digest) / "head.gguf"
-        try:
-            text = await Text.open(engine, head)
-        except ModelError as error:
-            self.text_errors[digest] = str(error)
-            log.warning("words=no model=%s because=%s", plan.shape.model, error)
-        else:
-            self.text_errors.pop(digest, None)
-            for other in [known for known in self.texts if known != digest]:
-                await self.texts.pop(other).close()
-            self.texts[digest] = text
-        finally:
-            self._words.pop(digest, None)
-
-    async def answer(
-        self,
-        request_id: str,
-        model_id: str,
-        ids: Sequence[int],
-        sampling: Sampling,
-        tokens_max: int,
-        ends: tuple[int, ...],
-    ) -> AsyncGenerator[Piece, None]:
-        """The answer to a prompt as it is made; see `api.service.Service`."""
-        self._plan_of(model_id)
-        async with aclosing(self.entry.answer(tuple(ids), sampling, tokens_max, ends)) as given:
-            async for piece in given:
-                yield Piece(piece.ids, piece.finish)
-
     async def close(self, why: str) -> None:
         """Leave the cluster, end stages, answers and words."""
-        for task in [*self._fetches.values(), *self._words.values()]:
+        for task in self._fetches.values():
             task.cancel()
         self._duty_alarm.set(None)
         self._rollout_alarm.set(None)
         await self.cluster.close(why)
         await self.entry.close()
         await self.supervisor.close()
-        for text in self.texts.values():
-            await text.close()
+        await self.serving.close()

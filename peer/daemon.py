@@ -193,8 +193,9 @@ class _Service:
 
     def __init__(self, agent: Agent, daemon: Daemon) -> None:
         self._agent, self._daemon = agent, daemon
-        self.models, self.text, self.context = agent.models, agent.text, agent.context
-        self.answer = agent.answer
+        serving = agent.serving
+        self.models, self.text, self.context = serving.models, serving.text, serving.context
+        self.answer = serving.answer
 
     def status(self) -> Mapping[str, Any]:
         """The whole status."""

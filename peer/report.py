@@ -84,7 +84,7 @@ def _shown(agent: Agent) -> PlanState | None:
 
 def _model(agent: Agent, shown: PlanState | None) -> ModelState:
     if shown is None:
-        return ModelState(why=agent.why_not())
+        return ModelState(why=agent.serving.why_not())
     plan = shown.plan
     serves = agent.duty.serving() is not None
     # It may serve for others while this peer has not met its head yet.
@@ -183,11 +183,11 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
     if agent.cluster.problem:
         yield Problem(agent.cluster.problem, "set `peers` in config.toml if others are not found")
     if shown is None:
-        why = agent.why_not()
+        why = agent.serving.why_not()
         yield Problem(why, "halka pull smollm2" if "no model" in why else "halka status --watch")
     elif agent.duty.serving() is None:
         yield Problem(f"{shown.plan.shape.model} is not served yet", "halka status --watch")
-    for digest, why in agent.text_errors.items():
+    for digest, why in agent.serving.errors.items():
         if shown and digest == shown.plan.shape.digest:
             yield Problem(f"this peer cannot read the model's words: {why}", "halka status --watch")
     for why in agent.unusable.values():

@@ -1,0 +1,147 @@
+"""What the API asks of this peer: its models, their words, and answers on the plan that serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from peer.api.service import Piece, ServedModel
+from peer.errors import ModelError, NoPlan
+from peer.models.store import Store
+from peer.models.text import Text
+from peer.planning.duty import Duty
+from peer.planning.plan import Plan
+from peer.planning.profile import ModelOffer
+from peer.protocol import Sampling
+from peer.ring.entry import Entry
+
+log = logging.getLogger("halka.agent")
+
+Spawn = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+
+
+class Serving:
+    """The models, words and answers of `api.service.Service`.
+
+    offers: every model that a present peer holds parts of. spawn: starts a task in the daemon's
+    TaskGroup. errors: why a model's words cannot be read here, by digest.
+    """
+
+    def __init__(
+        self,
+        duty: Duty,
+        entry: Entry,
+        store: Store,
+        offers: Callable[[], Iterable[ModelOffer]],
+        spawn: Spawn,
+    ) -> None:
+        self._duty, self._entry, self._store = duty, entry, store
+        self._offers, self._spawn = offers, spawn
+        self._texts: dict[str, Text] = {}
+        self._opening: dict[str, asyncio.Task[None]] = {}
+        self.errors: dict[str, str] = {}
+
+    def models(self) -> list[ServedModel]:
+        """Models that are whole somewhere in the cluster, the one that is served first."""
+        state = self._duty.serving()
+        served = state.plan.shape.digest if state else ""
+        found: dict[str, ServedModel] = {}
+        if state:
+            context = state.plan.split.context
+            found[served] = ServedModel(state.plan.shape.model, 0, context, True)
+        for offer in self._offers():
+            shape, digest = offer.shape, offer.shape.digest
+            known = found.get(digest)
+            if known is None and len(offer.parts) < len(shape.window_parts(0, shape.layers)):
+                continue
+            found[digest] = ServedModel(
+                shape.model,
+                max(int(offer.pulled_s), known.created_s if known else 0),
+                known.context if known else shape.context,
+                digest == served,
+                "" if digest == served else self.why_not(),
+            )
+        return list(found.values())
+
+    def why_not(self) -> str:
+        """Why the cluster serves nothing, or not what was asked for, in words."""
+        if self._duty.serving():
+            return "another model is served; choose with the setting `model`"
+        if self._duty.why_none:
+            return self._duty.why_none
+        if self._duty.parts:
+            return "the ring is being made ready; try again in a moment"
+        return "the cluster is still forming; try again in a moment"
+
+    def _plan_of(self, model_id: str) -> Plan:
+        state = self._duty.serving()
+        if state is None or state.plan.shape.model != model_id:
+            raise NoPlan(self.why_not())
+        return state.plan
+
+    def context(self, model_id: str) -> int:
+        """Tokens of one request at most."""
+        return self._plan_of(model_id).split.context
+
+    async def text(self, model_id: str) -> Text:
+        """The words of the model that is served. Raises NoPlan."""
+        plan = self._plan_of(model_id)
+        digest = plan.shape.digest
+        if digest not in self._texts:
+            self.learn(plan)
+            await asyncio.shield(self._opening[digest])
+        text = self._texts.get(digest)
+        if text is None:
+            raise NoPlan(self.errors.get(digest, "the model's words are on their way"))
+        return text
+
+    def learn(self, plan: Plan) -> None:
+        """Open the words of the served model, ahead of the first question."""
+        digest = plan.shape.digest
+        if digest not in self._texts and digest not in self._opening:
+            self._opening[digest] = self._spawn(self._open(plan), f"words of {plan.shape.model}")
+
+    async def _open(self, plan: Plan) -> None:
+        digest = plan.shape.digest
+        # Every engine's vocabulary is llama.cpp's but that of the fake one, which has its own.
+        engine = "fake" if plan.split.windows[0].backend == "fake" else "llama_cpp"
+        try:
+            if not await asyncio.to_thread(self._store.has, digest, "head"):
+                raise ModelError("head.gguf of the model is still on its way to this peer")
+            text = await Text.open(engine, self._store.folder(digest) / "head.gguf")
+        except ModelError as error:
+            self.errors[digest] = str(error)
+            log.warning("words=no model=%s because=%s", plan.shape.model, error)
+        else:
+            self.errors.pop(digest, None)
+            others = [self._texts.pop(known) for known in list(self._texts) if known != digest]
+            self._texts[digest] = text
+            for other in others:
+                await other.close()
+        finally:
+            self._opening.pop(digest, None)
+
+    async def answer(
+        self,
+        request_id: str,
+        model_id: str,
+        ids: Sequence[int],
+        sampling: Sampling,
+        tokens_max: int,
+        ends: tuple[int, ...],
+    ) -> AsyncGenerator[Piece, None]:
+        """The answer to a prompt as it is made; see `api.service.Service`."""
+        self._plan_of(model_id)
+        async with aclosing(self._entry.answer(tuple(ids), sampling, tokens_max, ends)) as given:
+            async for piece in given:
+                yield Piece(piece.ids, piece.finish)
+
+    async def close(self) -> None:
+        """End the text processes."""
+        for task in self._opening.values():
+            task.cancel()
+        for text in self._texts.values():
+            await text.close()
