@@ -12,6 +12,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -101,7 +102,11 @@ class World:
         self.machines: dict[str, Machine] = {}
 
     def build(self) -> None:
-        """Make the bridge."""
+        """Make the bridge, and remove what a test process left that was killed."""
+        for name in [path.name for path in NAMESPACES.iterdir()] if NAMESPACES.exists() else []:
+            found = re.fullmatch(r"halka-(\d+)-\w+(-\w+)?", name)
+            if found and not Path(f"/proc/{found[1]}").exists():
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         _ip("netns", "add", self.bridge)
         _ip("-n", self.bridge, "link", "add", "bridge", "type", "bridge")
         _ip("-n", self.bridge, "link", "set", "bridge", "up")
