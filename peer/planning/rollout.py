@@ -301,6 +301,7 @@ class Rollout:
 
     def _without(self, why: str) -> list[Note]:
         before, self._why_none = self._why_none, why[:1000]
+        self._cause = ""  # the next plan comes of what ends this want
         return [] if before == self._why_none else [Note(f"no new plan: {self._why_none}")]
 
     # Progress ---------------------------------------------------------------------------------
