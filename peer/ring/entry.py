@@ -44,15 +44,13 @@ class _Head:
 
     plan: PlanId
     socket: zmq.asyncio.Socket
-    reader: asyncio.Task[None]
+    tasks: tuple[asyncio.Task[None], ...]
 
 
 @dataclass(slots=True)
 class _Answer:
     machine: Generation
-    queue: asyncio.Queue[Give | Fail] = field(
-        default_factory=lambda: asyncio.Queue(maxsize=_READ_AHEAD)
-    )
+    queue: asyncio.Queue[Give | Fail] = field(default_factory=asyncio.Queue)
 
 
 class Entry:
@@ -79,8 +77,12 @@ class Entry:
         socket = self._context.socket(zmq.DEALER)
         as_client(socket, key.encode(), self._public, self._secret, MESSAGE_BYTES_MAX)
         socket.connect(address)
-        reader = asyncio.create_task(self._read(plan, socket), name=f"answers of plan {plan}")
-        self._heads[plan] = _Head(plan, socket, reader)
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        tasks = (
+            asyncio.create_task(self._read(plan, socket), name=f"answers of plan {plan}"),
+            asyncio.create_task(self._watch(plan, monitor), name=f"link of plan {plan}"),
+        )
+        self._heads[plan] = _Head(plan, socket, tasks)
 
     def serve(self, plan: PlanId | None) -> None:
         """New answers go to this plan's head."""
@@ -88,13 +90,18 @@ class Entry:
 
     def end(self, plan: PlanId, why: str) -> None:
         """The plan is over: so are its answers, with this reason."""
-        for request in list(self._answers):
-            self._take(request, PlanLost(plan, why))
+        self._lose(plan, why)
         if self._serving == plan:
             self._serving = None
         if head := self._heads.pop(plan, None):
-            head.reader.cancel()
+            for task in head.tasks:
+                task.cancel()
+            head.socket.disable_monitor()
             head.socket.close(0)
+
+    def _lose(self, plan: PlanId, why: str) -> None:
+        for request in list(self._answers):
+            self._take(request, PlanLost(plan, why))
 
     async def answer(
         self,
@@ -120,6 +127,8 @@ class Entry:
                 if isinstance(given, Fail):
                     self.failed += 1
                     raise _error(given, begun)
+                if not given.ids and not given.finish:
+                    continue  # a sign of life
                 begun = True
                 if given.finish:
                     self.served += 1
@@ -156,9 +165,8 @@ class Entry:
                     if sent.done() and (error := sent.exception()):
                         log.warning("sent=no to=head plan=%s because=%s", message.plan, error)
             case Give() | Fail():
-                if answer.queue.full():
+                if answer.queue.qsize() == _READ_AHEAD:
                     self._take(answer.machine.request, ClientGone())
-                    answer.queue.get_nowait()
                     action = Fail("failed", "the client read too slowly")
                 answer.queue.put_nowait(action)
 
@@ -173,12 +181,20 @@ class Entry:
             if isinstance(message, Tokens | Unanswered) and message.plan == plan:
                 self._take(message.request, Arrived(message))
 
+    async def _watch(self, plan: PlanId, monitor: zmq.asyncio.Socket) -> None:
+        """The head knows this peer by its connection: after a new one it cannot go on with answers
+        that began on the old one, and it will not say so."""
+        while True:
+            await monitor.recv_multipart()
+            self._lose(plan, "the link to the head of the ring broke; ask again")
+
     async def close(self) -> None:
         """End all answers and links."""
         heads = list(self._heads.values())
         for head in heads:
             self.end(head.plan, "this peer is going away")
-        await asyncio.gather(*(head.reader for head in heads), return_exceptions=True)
+        tasks = [task for head in heads for task in head.tasks]
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._context.destroy(0)
 
 

@@ -21,7 +21,7 @@ from peer.planning.plan import Plan, PlanId
 from peer.planning.profile import PeerId
 from peer.protocol import IDS_BYTES_MAX, Sampling, Token
 
-HEADER_BYTES_MAX = 1 << 20
+HEADER_BYTES_MAX = IDS_BYTES_MAX + (1 << 20)  # an Open that looks back on a whole context
 ROW_BYTES = 9  # of the index: slot, position, output
 
 _Slot = Annotated[int, msgspec.Meta(ge=0, le=255)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, cast
 
 import numpy as np
 import zmq
@@ -49,6 +49,7 @@ class Head:
         as_server(self.socket, public, secret, "submit", MESSAGE_BYTES_MAX)
         self.socket.router_mandatory = True
         self.todo: schedule.Run | None = None
+        self._keys: dict[bytes, str] = {}  # of the agents behind connections, as ZAP found them
         self.vocabulary = 0  # token ids below it exist; set once the windows are loaded
         self.dropped = 0
 
@@ -56,11 +57,13 @@ class Head:
         """Everything that entry peers ask for now."""
         while True:
             try:
-                owner, *rest = self.socket.recv_multipart(zmq.NOBLOCK)
+                frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            owner, data = frames[0].bytes, frames[-1].bytes
+            self._keys[owner] = str(frames[-1].get("User-Id"))
             try:
-                self._heard(owner, rest[-1] if rest else b"")
+                self._heard(owner, data if len(frames) > 1 else b"")
             except ProtocolError as error:
                 self.dropped += 1
                 log.warning("dropped=message from=entry because=%s", error)
@@ -92,6 +95,19 @@ class Head:
                 )
             )
 
+    def admit(self, keys: Collection[str]) -> None:
+        """Only agents with these keys wait for answers from now on; the others are gone."""
+        for key in self._asked():
+            if self._keys.get(key[0]) not in keys:
+                self.take(schedule.Cancelled(key))
+        active = {owner for owner, _ in self._asked()}
+        self._keys = {owner: key for owner, key in self._keys.items() if owner in active}
+
+    def _asked(self) -> list[tuple[bytes, str]]:
+        """Owner and request of every answer that runs or waits."""
+        jobs = (*self.scheduler.running.values(), *self.scheduler.waiting)
+        return [cast(tuple[bytes, str], job.key) for job in jobs]
+
     def take(self, event: schedule.Event) -> None:
         """Give the scheduler an event and do what it asks for. Raises Broken."""
         for action in self.scheduler.step(event, time.monotonic()):
@@ -119,8 +135,8 @@ class Head:
 
     def fail_all(self, why: str) -> None:
         """Tell every entry peer that its answers end here."""
-        for job in [*self.scheduler.running.values(), *self.scheduler.waiting]:
-            self._perform(schedule.Refuse(job.key, "failed", why))
+        for key in self._asked():
+            self._perform(schedule.Refuse(key, "failed", why))
 
     def close(self) -> None:
         """Close the socket, with a moment for the last words."""

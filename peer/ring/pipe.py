@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import msgspec
@@ -25,10 +26,11 @@ class Pipe:
         os.set_blocking(0, False)
 
     def tell(self, message: Message) -> None:
-        """Write one message. Raises BrokenPipeError when the agent is gone."""
+        """Write one message. Where the agent is gone, `read` will say so."""
         data = msgspec.json.encode(message) + b"\n"
-        while data:
-            data = data[self._out.write(data) or 0 :]
+        with contextlib.suppress(BrokenPipeError):
+            while data:
+                data = data[self._out.write(data) or 0 :]
 
     def read(self) -> list[Order] | None:
         """All whole messages that wait; None once the agent is gone.

@@ -2,8 +2,9 @@
 
 One step is in flight at a time. A step's batch holds one row for every answer that decodes and
 then, up to the plan's batch size, chunks of the prompts that are still to be read, oldest first.
-An answer is admitted when a slot is free and the KV cells that it may come to need are: nothing
-that was admitted can run out of cache.
+An answer is admitted when a slot is free and KV cells for its prompt and the next stretch of its
+tokens are. It takes further stretches as it grows; where there is no room left, the answer that
+came last goes back to the front of the queue and is read anew later: none is lost or changed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from peer.protocol import Sampling
 from peer.ring.frames import Copy, Fault, Open, Trim
 
 WAITING_MAX = 64
+STRETCH_TOKENS = 512  # KV cells are reserved so many ahead: few answers are ever put back
+ALIVE_S = 5.0  # an answer that waits or is being read gives a sign of life so often
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Tokens for the entry peer; `position` is the first one's. finish as in protocol.Tokens."""
+    """Tokens for the entry peer; `position` is the first one's. finish as in protocol.Tokens.
+
+    Without tokens and finish it is a sign of life.
+    """
 
     key: Hashable
     position: int
@@ -105,7 +111,8 @@ class _Job:
     sampling: Sampling
     tokens_left: int
     ends: frozenset[int]
-    reserved: int  # KV cells
+    told: float  # when the entry peer last heard of it
+    reserved: int = 0  # KV cells
     slot: int = -1
     filled: int = 0  # positions that have been sent into the ring
 
@@ -121,7 +128,7 @@ class Scheduler:
     step_s: float
     waiting: deque[_Job] = field(default_factory=deque)
     running: dict[int, _Job] = field(default_factory=dict)  # by slot, in order of admission
-    deadline: float | None = None  # when the step in flight is late
+    late: float | None = None  # when the step in flight is late
     _steps: int = 0
     _emits: list[_Job] | None = None  # output rows of the step in flight
     _ops: list[Open | Trim | Copy] = field(default_factory=list)
@@ -135,37 +142,48 @@ class Scheduler:
         """Answers that run or wait."""
         return len(self.waiting) + len(self.running)
 
+    @property
+    def deadline(self) -> float | None:
+        """When a Tick is wanted."""
+        signs = [job.told + ALIVE_S for job in (*self.running.values(), *self.waiting)]
+        return min([*signs, *([] if self.late is None else [self.late])], default=None)
+
     def step(self, event: Event, now: float) -> list[Action]:
         """Take one event in; what is to be done comes out."""
         actions: list[Action] = []
         match event:
             case Submitted():
-                actions += self._submitted(event)
+                actions += self._submitted(event, now)
             case Cancelled(key):
                 self._drop(key)
             case Returned():
-                actions += self._returned(event)
+                actions += self._returned(event, now)
             case Tick():
-                if self.deadline is not None and now >= self.deadline:
-                    actions += self._late()
+                if self.late is not None and now >= self.late:
+                    actions += self._give_up()
         if self._emits is None:
             actions += self._next(now)
-        return actions
+        return actions + self._signs(now)
 
-    def _submitted(self, event: Submitted) -> list[Action]:
+    def _signs(self, now: float) -> list[Action]:
+        """Signs of life of answers from which nothing was heard for a while."""
+        quiet = [
+            job for job in (*self.running.values(), *self.waiting) if now - job.told >= ALIVE_S
+        ]
+        for job in quiet:
+            job.told = now
+        return [Deliver(job.key, len(job.ids), ()) for job in quiet]
+
+    def _submitted(self, event: Submitted, now: float) -> list[Action]:
         length = len(event.ids)
         if not 0 < length < self.context:
             why = f"{length} tokens do not fit into a context of {self.context}"
             return [Refuse(event.key, "invalid", why)]
         if len(self.waiting) >= WAITING_MAX:
             return [Refuse(event.key, "busy", f"{WAITING_MAX} answers are waiting already")]
-        reserved = min(length + event.tokens_max, self.context)
         self.waiting.append(
-            _Job(
-                event.key, event.ids.tolist(), event.sampling, event.tokens_max, event.ends,
-                reserved,
-            )
-        )  # fmt: skip
+            _Job(event.key, event.ids.tolist(), event.sampling, event.tokens_max, event.ends, now)
+        )
         return []
 
     def _drop(self, key: Hashable) -> None:
@@ -182,10 +200,10 @@ class Scheduler:
         self._ops.append(Trim(job.slot, 0))
         self._free.append(job.slot)
 
-    def _returned(self, event: Returned) -> list[Action]:
+    def _returned(self, event: Returned, now: float) -> list[Action]:
         if event.step != self._steps or self._emits is None:
             return []
-        emits, self._emits, self.deadline = self._emits, None, None
+        emits, self._emits, self.late = self._emits, None, None
         actions: list[Action] = []
         broken = {fault.slot: fault.peer_id for fault in event.faults}
         for job in list(self.running.values()):
@@ -197,6 +215,7 @@ class Scheduler:
             return [*actions, Lost("the tail answered with another number of tokens")]
         for job, token in zip(emits, event.tokens, strict=True):
             if self.running.get(job.slot) is job:  # else cancelled or broken meanwhile
+                job.told = now
                 actions.append(self._sampled(job, token))
         return actions
 
@@ -212,28 +231,57 @@ class Scheduler:
             return Deliver(job.key, position, (token,), "length")
         return Deliver(job.key, position, (token,))
 
-    def _late(self) -> list[Action]:
+    def _give_up(self) -> list[Action]:
         why = f"a step did not come around the ring within {self.step_s:.0f} s"
         jobs = [*self.running.values(), *self.waiting]
         self.running.clear()
         self.waiting.clear()
-        self.deadline = None
+        self.late = None
         return [*(Refuse(job.key, "failed", why) for job in jobs), Lost(why)]
 
+    def _stretch(self, job: _Job) -> int:
+        """Cells for what the job has and for the next stretch of its tokens."""
+        return min(len(job.ids) + min(job.tokens_left, STRETCH_TOKENS), self.context)
+
+    def _room(self) -> int:
+        """KV cells that nobody has reserved."""
+        return self.kv_cells - sum(job.reserved for job in self.running.values())
+
+    def _grow(self) -> None:
+        """Give every answer the cells of its next tokens, the oldest first; put back the last ones
+        where there is no room. The oldest always fits: kv_cells hold at least one context."""
+        for job in list(self.running.values()):
+            if self.running.get(job.slot) is not job or len(job.ids) <= job.reserved:
+                continue
+            wanted = self._stretch(job)
+            while self._room() < wanted - job.reserved:
+                last = list(self.running.values())[-1]
+                self._put_back(last)
+                if last is job:
+                    break
+            else:
+                job.reserved = wanted
+
+    def _put_back(self, job: _Job) -> None:
+        """Take the slot away; the answer goes on from its ids when there is room again."""
+        self._release(job)
+        job.slot, job.filled, job.reserved = -1, 0, 0
+        self.waiting.appendleft(job)
+
     def _admit(self) -> None:
-        used = sum(job.reserved for job in self.running.values())
         while self.waiting and self._free:
             job = self.waiting[0]
-            if used + job.reserved > self.kv_cells:
+            if self._room() < self._stretch(job):
                 return  # the oldest waits until there is room: nobody starves
             self.waiting.popleft()
-            used += job.reserved
+            job.reserved = self._stretch(job)
             job.slot = min(self._free)
             self._free.remove(job.slot)
             self.running[job.slot] = job
             self._ops.append(Open(job.slot, job.sampling, _history(job)))
 
     def _next(self, now: float) -> list[Action]:
+        self._grow()
         self._admit()
         room = self.batch_tokens
         rows: list[tuple[_Job, int]] = []  # job, rows of it
@@ -262,7 +310,7 @@ class Scheduler:
                 outputs[-1] = True
                 self._emits.append(job)
         ops, self._ops = tuple(self._ops), []
-        self.deadline = now + self.step_s
+        self.late = now + self.step_s
         return [
             Run(
                 self._steps,

@@ -160,6 +160,8 @@ class Stage:
                     self.connect(order)
                 case StageAdmit(keys):
                     self.door.admit("submit", keys)
+                    if self.head:
+                        self.head.admit(keys)
                 case StageStop():
                     self.stopping = True
 

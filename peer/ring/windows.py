@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,6 +44,9 @@ class Windows:
         manifest = load_manifest(folder)
         header = load_header(folder, manifest)
         self.vocabulary = header.tensors["token_embd.weight"].shape[-1]
+        with hold(folder):  # nobody else is placing: what is there was left by a stage that died
+            for left in folder.glob("window-*"):
+                shutil.rmtree(left, ignore_errors=True)
         weights = kv = compute = 0
         for index in self.mine:
             first, last = self.plan.split.windows[index].first, self.plan.split.windows[index].last

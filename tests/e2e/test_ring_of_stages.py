@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -131,6 +132,84 @@ async def test_a_killed_stage_ends_the_answer_with_an_error_and_leaves_the_other
     for peer in (PEERS[0], PEERS[2]):
         (pid,) = ring.supervisors[peer].pids().values()
         os.kill(pid, 0)
+
+
+class Cable:
+    """A TCP relay on loopback that can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def lay(self) -> int:
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner, onward = await asyncio.open_connection("127.0.0.1", self._to)
+        self._writers += [writer, onward]
+        await asyncio.gather(self._copy(reader, onward), self._copy(inner, writer))
+
+    async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(1 << 16):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    async def cut(self) -> None:
+        """Break every connection; new ones may come."""
+        writers, self._writers = self._writers, []
+        for writer in writers:
+            writer.close()
+        for writer in writers:
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def close(self) -> None:
+        self._server.close()
+        await self.cut()
+
+
+async def test_a_broken_link_to_the_head_ends_the_answer_at_once_and_the_next_one_goes(
+    house: House, ring: Ring
+) -> None:
+    ring.entry.end(ring.plan.id, "laid anew")
+    head = ring.link(PEERS[0])
+    cable = Cable(head.submit_port)
+    ring.entry.open(ring.plan.id, f"tcp://127.0.0.1:{await cable.lay()}", head.key)
+    ring.entry.serve(ring.plan.id)
+    answer = ring.entry.answer(tuple(PROMPT), Sampling(temperature=0.0), 1900, ())
+
+    async def read() -> None:
+        async for _ in answer:
+            await cable.cut()
+
+    try:
+        with pytest.raises(AnswerFailed, match="link to the head"):
+            await asyncio.wait_for(read(), 5)  # it would notice silence after 20
+        await ring.idle()
+        assert await ring.tokens(PROMPT, 5) == house.truth(PROMPT, 5)
+    finally:
+        await answer.aclose()
+        await cable.close()
+
+
+async def test_answers_of_an_agent_that_is_gone_stop_before_their_first_token(
+    house: House, tmp_path: Path
+) -> None:
+    slow = House(tmp_path, end_every=0, delay_s=0.1)
+    plan = plan_of(slow.store, slow.manifest, [6], "fake", batch_tokens=1)
+    async with running(plan, slow.folder) as ring:
+        reading = asyncio.create_task(ring.tokens([256, *range(200)], 5))  # 40 s of prefill
+        while not ring.news[PEERS[0]].active:
+            ring.changed.clear()
+            await asyncio.wait_for(ring.changed.wait(), 10)
+        ring.supervisors[PEERS[0]].send(plan.id, StageAdmit(()))
+        await ring.idle()
+        reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reading
 
 
 async def test_no_plan_means_no_answer(ring: Ring) -> None:

@@ -148,7 +148,7 @@ async def test_stale_oversized_and_senseless_frames_are_dropped(ring: Neighbours
 async def test_a_frame_beyond_the_size_limit_ends_its_link_and_nothing_else(
     ring: Neighbours,
 ) -> None:
-    await ring.push.send_multipart([b"x" * (3 << 20)])
+    await ring.push.send_multipart([b"x" * (6 << 20)])
     await ring.send(1, ops=OPEN)  # over the link that was made anew
     assert (await answered(ring)).header.step == 1
 

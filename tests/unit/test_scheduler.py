@@ -135,6 +135,48 @@ def test_answers_wait_until_the_cells_they_may_need_are_free() -> None:
     assert run.ids.tolist() == list(range(10))
 
 
+def test_an_answer_that_waits_or_is_read_gives_signs_of_life() -> None:
+    machine = make(slots=1)
+    machine.step(ask("long", 90, tokens=50), 0)
+    machine.step(ask("waits", 10), 1)
+    assert machine.deadline == 5.0
+    actions = machine.step(Returned(1, ()), 4.5)  # late is at 9.5, signs are due at 5 and 6
+    assert not any(isinstance(action, Deliver) for action in actions)
+    assert machine.deadline == 5.0
+    assert machine.step(Tick(), 5.0) == [Deliver("long", 90, ())]
+    assert machine.step(Tick(), 6.0) == [Deliver("waits", 10, ())]
+    assert machine.deadline == 9.5
+
+
+def test_the_answer_that_came_last_is_put_back_where_answers_outgrow_the_cache() -> None:
+    """Both begin, because nobody knows how long they will be; neither is lost."""
+    machine = make(context=2000, kv_cells=2600, batch=2000)
+    machine.step(ask("a", 700, tokens=1300), 0)
+    machine.step(ask("b", 700, tokens=1300), 0)
+    given: dict[str, list[int]] = {"a": [], "b": []}
+    finished: list[str] = []
+    first = run_of(machine.step(Returned(1, (1,)), 0))
+    assert set(first.slots.tolist()) == {0, 1}
+    run: Run | None = first
+    given["a"].append(1)
+    put_back = False
+    while run is not None:
+        tokens = tuple(range(int(run.outputs.sum())))
+        put_back |= Trim(1, 0) in run.ops and not finished
+        actions, run = machine.step(Returned(run.step, tokens), 0), None
+        for action in actions:
+            if isinstance(action, Run):
+                run = action
+            elif isinstance(action, Deliver):
+                key = str(action.key)
+                assert action.position == 700 + len(given[key])
+                given[key] += action.ids
+                finished += [key] if action.finish else []
+    assert put_back
+    assert finished == ["a", "b"]
+    assert [len(ids) for ids in given.values()] == [1300, 1300]
+
+
 def test_a_fault_ends_only_the_answer_it_touches_and_names_the_peer() -> None:
     machine = make()
     machine.step(ask("a", 2), 0)
@@ -153,7 +195,7 @@ def test_a_step_that_does_not_return_ends_every_answer_with_a_reason() -> None:
     machine.step(ask("b", 2), 1)
     assert machine.step(Tick(), 4.9) == []
     actions = machine.step(Tick(), 5.0)
-    assert [type(action) for action in actions] == [Refuse, Refuse, Lost]
+    assert [type(a) for a in actions if not isinstance(a, Deliver)] == [Refuse, Refuse, Lost]
 
 
 def test_a_result_of_an_old_step_changes_nothing() -> None:
