@@ -134,8 +134,9 @@ class Cluster:
         return self._transport.addresses if self._transport is not None else ()
 
     def address_of(self, peer_id: str) -> str | None:
-        """The host by which the peer is reached now; None where there is no link."""
-        return self._transport.host_of(peer_id) if self._transport is not None else None
+        """The host of a member, also where its link broke a moment ago; None: it is no member."""
+        host = self._transport.host_of(peer_id) if self._transport is not None else None
+        return host or (self._links[peer_id].host if peer_id in self._members else None)
 
     def key_of(self, peer_id: str) -> str | None:
         """The CURVE public key that a member proved (Z85), or this peer's own."""

@@ -195,6 +195,21 @@ async def test_a_killed_peer_is_lost_and_comes_back_under_the_same_id(
     assert again.identity.incarnation > b.identity.incarnation
 
 
+async def test_the_address_of_a_member_whose_link_just_broke_is_the_one_it_had(
+    town: Town, until: Any
+) -> None:
+    a = await town.add("a")
+    b = await town.add("b", a)
+    await until(lambda: town.agree(a, b), 10, "two peers")
+    nothing = Plans(term=1, states=())
+    await b.kill()
+    await until(lambda: not a.cluster.send(b.cluster.me, nothing), 3, "the link is gone")
+    while b.cluster.me in a.cluster.members:  # it may come back within the regret
+        assert a.cluster.address_of(b.cluster.me) == "127.0.0.1"
+        await asyncio.sleep(0)
+    assert a.cluster.address_of(b.cluster.me) is None
+
+
 async def test_a_peer_started_anew_within_the_regret_is_lost_and_joined(
     town: Town, until: Any
 ) -> None:
