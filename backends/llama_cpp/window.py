@@ -43,6 +43,7 @@ class LoadedWindow:
         self._context: Any = None
         self._tap: Tap | None = None
         self._embedding: Embedding | None = None
+        self._tainted = False  # a recurrent state may hold numbers that are not finite
         library.journal.begin()
         try:
             self._load(window)
@@ -172,8 +173,15 @@ class LoadedWindow:
             return np.empty((0, self._vocabulary if self._last else self.hidden), np.float32)
         if not self._one_sequence:
             return self._step(batch.slots, batch.positions, batch.outputs, x)
+        result = self._by_sequence(batch, x)
+        # libllama clears a recurrent state by multiplying it by 0, which leaves NaN what it is: it
+        # has to be wiped before another answer begins with it.
+        self._tainted |= not np.isfinite(result.sum())
+        return result
+
+    def _by_sequence(self, batch: Batch, x: NDArray[Any]) -> NDArray[np.float32]:
         # Recurrent layers are always computed sequence by sequence, in an order of libllama's own.
-        edges = [0, *(np.flatnonzero(np.diff(batch.slots)) + 1).tolist(), tokens]
+        edges = [0, *(np.flatnonzero(np.diff(batch.slots)) + 1).tolist(), len(batch.slots)]
         runs = [slice(a, b) for a, b in itertools.pairwise(edges)]
         if len(runs) == 1:
             return self._step(batch.slots, batch.positions, batch.outputs, x)
@@ -240,6 +248,12 @@ class LoadedWindow:
                 f"trim the slot to 0 and run its tokens again",
                 "refused",
             )
+        if self._tainted and all(
+            self._llama.llama_memory_seq_pos_max(self._memory, other) < 0
+            for other in range(self._settings.slots)
+        ):
+            self._llama.llama_memory_clear(self._memory, True)
+            self._tainted = False
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See Backend.copy."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.base import BackendFault, Settings, Window
+from backends.base import BackendFault, Batch, Settings, Window
 from backends.llama_cpp import ENGINE
 from tests.plain_llama import PlainLlama
 from tests.random_models import write
@@ -271,3 +271,24 @@ def test_recurrent_state_is_not_rolled_back_but_refused(tmp_path: Path) -> None:
         np.testing.assert_array_equal(both[0], both[1])
         ring.backend.trim(0, 0)
         np.testing.assert_array_equal(ring.step([5, 6, 7], range(3)), whole)
+
+
+@pytest.mark.parametrize("name", ["qwen35", "falcon-h1"])
+def test_numbers_that_are_not_finite_do_not_outlive_their_answer(tmp_path: Path, name: str) -> None:
+    stored = Stored(write(MODELS[name], tmp_path / "model.gguf"), tmp_path)
+    with stored.cut((2,), SETTINGS) as ring:
+        window = ring.windows[-1]
+        hidden = int(stored.header.metadata[f"{stored.header.architecture}.embedding_length"])
+        x = np.random.default_rng(0).standard_normal((8, hidden)).astype(np.float32)
+
+        def run(slot: int, given: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            rows = np.arange(8, dtype=np.int32)
+            batch = Batch(np.full(8, slot, np.int32), rows, np.ones(8, np.bool_))
+            result = ring.backend.run(window, batch, given).copy()
+            ring.backend.trim(slot, 0)
+            return result
+
+        clean = run(0, x)
+        assert not np.isfinite(run(1, np.full_like(x, np.nan))).all()
+        for slot in range(SETTINGS.slots):
+            np.testing.assert_array_equal(run(slot, x), clean)
