@@ -147,6 +147,7 @@ class Part:
     connected: bool = False
     again: bool = False  # head.gguf could not be had; ask again
     dead: str = ""  # why it is over for this peer, though the coordinator still lists it
+    of_another: bool = False  # dead because a peer of the ring was lost, and this one is not in it
 
 
 @dataclass(slots=True)
@@ -290,11 +291,17 @@ class Duty:
         part.dead = part.dead or why
         if part.mine and not of_another:
             self.trouble = why
+        part.of_another = of_another and not part.mine
         actions: list[Action] = [self._report(part, "failed", why)] if part.mine else []
         return [*actions, EndPlan(plan, why), StopStage(plan), *self._serve()]
 
     def _joined(self, peer_id: str) -> list[Action]:
         self._here.add(peer_id)
+        # A plan that was over only because this peer was out of reach from here begins anew when
+        # it is heard of again; had the others lost it, too, the coordinator would not list it.
+        for plan_id, part in list(self.parts.items()):
+            if part.of_another and self._here.issuperset(part.state.plan.ring):
+                del self.parts[plan_id]
         return [action for part in self.parts.values() for action in self._link(part)] + (
             self._serve()
         )
@@ -360,5 +367,7 @@ class Duty:
         for peer_id in part.state.plan.ring:
             if peer_id in self._gone:
                 return f"peer {peer_id} was lost: {self._gone[peer_id]}"
+        if part.state.phase == "draining":
+            return "the plan was replaced, and this answer did not end in the time that was left"
         newer = [state.why for state in plans.states if state.plan.id > part.state.plan.id]
         return next((why for why in newer if why), "") or plans.why_none or "the plan was replaced"
