@@ -63,6 +63,7 @@ class Agent:
         self.duty = d.Duty(self.me, config.timing.publish_s)
         self.rollout = r.Rollout(self.me, config.timing)
         self.heard: Plans | None = None
+        self.store_trouble = ""  # why the store cannot be read, while it cannot
         self.unusable: dict[str, str] = {}  # why a model of the store cannot be offered, by digest
         self.supervisor = Supervisor(self._stage_told, self._stage_exited)
         self.entry = Entry(
@@ -73,12 +74,16 @@ class Agent:
         self._duty_alarm = Alarm(lambda: self._duty(d.Tick()))
         self._rollout_alarm = Alarm(lambda: self._rollout(r.Tick()))
         self._fetches: dict[PlanId, asyncio.Task[None]] = {}
+        self._hosts: dict[
+            str, str
+        ] = {}  # by which members were reached last
 
     # From the cluster -------------------------------------------------------------------------
 
     def joined(self, peer_id: str) -> None:
         """A peer is a member now."""
         self.lost_peers.pop(peer_id, None)
+        self._hosts[peer_id] = self.cluster.address_of(peer_id) or "127.0.0.1"
         self.cluster.send(peer_id, self._announcement())
         self._admit()
         self._duty(d.MemberJoined(peer_id))
@@ -232,9 +237,10 @@ class Agent:
 
     def _host_of(self, peer_id: str) -> str:
         """The host by which this peer reaches another (or itself), as an address in a URL."""
-        host = "127.0.0.1" if peer_id == self.me else self.cluster.address_of(peer_id)
-        if host is None:  # its link broke a moment ago: membership will tell
-            host = "127.0.0.1"
+        if peer_id == self.me:
+            return "127.0.0.1"
+        host = self.cluster.address_of(peer_id) or self._hosts[peer_id]
+        self._hosts[peer_id] = host
         return f"[{host}]" if ":" in host else host
 
     def _named(self, text: str) -> str:
@@ -282,6 +288,9 @@ class Agent:
             log.warning("fetched=no plan=%s because=%s", plan.id, why)
         self._fetches.pop(plan.id, None)
         self._duty(d.Fetched(plan.id, why))
+        serving = self.duty.serving()
+        if not why and serving and serving.plan.id == plan.id:
+            self.serving.learn(plan)  # it served others before this peer had its words
 
     async def _start(self, plan: Plan) -> None:
         part = self.duty.parts.get(plan.id)
@@ -300,8 +309,10 @@ class Agent:
         except OSError as error:
             self._duty(d.Exited(plan.id, f"its process could not be started: {error.strerror}"))
             return
-        if plan.id not in self.duty.parts:  # it ended while its process began
+        part = self.duty.parts.get(plan.id)
+        if part is None or part.dead:  # it ended while its process began
             self.supervisor.stop(plan.id)
+        self._admit()  # whoever joined meanwhile
 
     def _stage_told(self, plan: PlanId, news: StageNews) -> None:
         self._duty(d.Told(plan, news))

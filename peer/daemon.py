@@ -136,16 +136,29 @@ class Daemon:
         while True:
             if not agent.profiles[agent.me].engines:
                 await self._look_for_engines(agent)
-            offers = []
-            stored_models = await asyncio.to_thread(store.models)
-            here = {stored.digest for stored in stored_models}
-            agent.unusable = {k: v for k, v in agent.unusable.items() if k in here}
-            for stored in stored_models:
-                shape = await self._shape(agent, store, stored)
-                if shape is not None:
-                    offers.append(ModelOffer(shape, stored.pulled_s, stored.parts))
+            try:
+                offers = await self._offers(agent, store)
+            except ModelError as error:
+                offers = []
+                if agent.store_trouble != str(error):
+                    log.error("store=unreadable because=%s", error)
+                agent.store_trouble = str(error)
+            else:
+                agent.store_trouble = ""
             agent.announce(offers)
             await asyncio.sleep(STORE_S)
+
+    async def _offers(self, agent: Agent, store: Store) -> list[ModelOffer]:
+        """What is in the store. Raises ModelError where it cannot be read."""
+        offers = []
+        stored_models = await asyncio.to_thread(store.models)
+        here = {stored.digest for stored in stored_models}
+        agent.unusable = {k: v for k, v in agent.unusable.items() if k in here}
+        for stored in stored_models:
+            shape = await self._shape(agent, store, stored)
+            if shape is not None:
+                offers.append(ModelOffer(shape, stored.pulled_s, stored.parts))
+        return offers
 
     async def _look_for_engines(self, agent: Agent) -> None:
         """None was found at start; one may have been installed since, or been unlucky then."""

@@ -190,6 +190,11 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
     for digest, why in agent.serving.errors.items():
         if shown and digest == shown.plan.shape.digest:
             yield Problem(f"this peer cannot read the model's words: {why}", "halka status --watch")
+    if agent.store_trouble:
+        yield Problem(
+            f"the models on this peer cannot be read: {agent.store_trouble}",
+            f"make {agent.store.root} readable, or start the agent again",
+        )
     for why in agent.unusable.values():
         yield Problem(f"a model on this disk cannot be run here. {why}", "halka models")
     if agent.duty.trouble and (shown is None or agent.me not in shown.plan.ring):

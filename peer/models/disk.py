@@ -43,7 +43,9 @@ def no_space(path: Path, needed: int) -> PartError:
 
 def require(folder: Path, needed: int) -> None:
     """Raise PartError now where `needed` bytes cannot fit, before anything is written."""
-    if shutil.disk_usage(folder).free < needed:
+    with clear_errors(folder):
+        free = shutil.disk_usage(folder).free
+    if free < needed:
         raise no_space(folder, needed)
 
 

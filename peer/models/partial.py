@@ -6,6 +6,7 @@ it gets its final name after its hash was found right and its bytes were made du
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -65,8 +66,9 @@ class Partial:
             return False
 
     def restart(self) -> None:
-        """Forget what arrived."""
-        os.ftruncate(self._descriptor, 0)
+        """Forget what arrived. Raises ModelError."""
+        with disk.clear_errors(self._path):
+            os.ftruncate(self._descriptor, 0)
         self.done = 0
         self._hash = hashlib.sha256()
 
@@ -107,9 +109,11 @@ class Partial:
         return True
 
     def discard(self) -> None:
-        """Give the space back; the part begins anew."""
-        self.restart()
-        self._path.unlink(missing_ok=True)
+        """Give the space back as far as the disk lets us; what led here tells of the rest."""
+        with contextlib.suppress(ModelError):
+            self.restart()
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Keep what arrived for the next time."""

@@ -67,6 +67,7 @@ class Store:
         """Every model here, the one pulled last first. Damaged folders are left out, and logged."""
         found: list[Stored] = []
         with disk.clear_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
             entries = sorted(self.root.iterdir())
         for entry in entries:
             if entry.name.startswith(".") or entry.is_symlink() or not entry.is_dir():

@@ -350,7 +350,7 @@ class Rollout:
 
     def _drop(self, running: Running, why: str, keep_cause: bool = False) -> Note:
         del self._running[running.plan.id]
-        if not keep_cause:
+        if not keep_cause and running.state.phase != "draining":
             self._cause = why
         return Note(f"plan {running.plan.id} ({running.state.phase}) is over: {why}")
 

@@ -94,14 +94,17 @@ async def shape(backend: str, folder: Path) -> ModelShape:
 async def _ask(names: Sequence[str], folders: Sequence[Path], timeout_s: float) -> Survey:
     """One run of the measuring process. Raises BackendError."""
     order = msgspec.json.encode({"backends": names, "folders": [str(f) for f in folders]})
-    process = await asyncio.create_subprocess_exec(
-        *children.command("peer.planning.measure"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-        env=children.environment(),
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *children.command("peer.planning.measure"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            env=children.environment(),
+        )
+    except OSError as error:
+        raise BackendError(f"measuring cannot be started: {error.strerror}") from None
     try:
         answer, said = await asyncio.wait_for(process.communicate(order), timeout_s)
     except TimeoutError:
