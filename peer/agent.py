@@ -74,9 +74,7 @@ class Agent:
         self._duty_alarm = Alarm(lambda: self._duty(d.Tick()))
         self._rollout_alarm = Alarm(lambda: self._rollout(r.Tick()))
         self._fetches: dict[PlanId, asyncio.Task[None]] = {}
-        self._hosts: dict[
-            str, str
-        ] = {}  # by which members were reached last
+        self._hosts: dict[str, str] = {}  # by which members were reached last
 
     # From the cluster -------------------------------------------------------------------------
 
