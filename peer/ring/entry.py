@@ -35,6 +35,7 @@ from peer.ring.sockets import as_client
 
 log = logging.getLogger("halka.ring")
 
+_REASON_S = 3.0  # for a better reason than a broken link to arrive: a peer or its stage died
 _READ_AHEAD = 4096  # tokens that a slow client may lag behind before its answer ends
 
 
@@ -90,7 +91,8 @@ class Entry:
 
     def end(self, plan: PlanId, why: str) -> None:
         """The plan is over: so are its answers, with this reason."""
-        self._lose(plan, why)
+        for request in list(self._answers):
+            self._take(request, PlanLost(plan, why))
         if self._serving == plan:
             self._serving = None
         if head := self._heads.pop(plan, None):
@@ -98,10 +100,6 @@ class Entry:
                 task.cancel()
             head.socket.disable_monitor()
             head.socket.close(0)
-
-    def _lose(self, plan: PlanId, why: str) -> None:
-        for request in list(self._answers):
-            self._take(request, PlanLost(plan, why))
 
     async def answer(
         self,
@@ -186,7 +184,10 @@ class Entry:
         that began on the old one, and it will not say so."""
         while True:
             await monitor.recv_multipart()
-            self._lose(plan, "the link to the head of the ring broke; ask again")
+            begun = list(self._answers)
+            await asyncio.sleep(_REASON_S)
+            for request in begun:
+                self._take(request, PlanLost(plan, "the link to the head of the ring broke"))
 
     async def close(self) -> None:
         """End all answers and links."""

@@ -187,7 +187,7 @@ async def test_a_broken_link_to_the_head_ends_the_answer_at_once_and_the_next_on
 
     try:
         with pytest.raises(AnswerFailed, match="link to the head"):
-            await asyncio.wait_for(read(), 5)  # it would notice silence after 20
+            await asyncio.wait_for(read(), 8)  # it would notice silence after 20
         await ring.idle()
         assert await ring.tokens(PROMPT, 5) == house.truth(PROMPT, 5)
     finally:
