@@ -177,20 +177,21 @@ class Report:
     def __init__(self, request_id: str, model: str, prompt_tokens: int, began_s: float) -> None:
         self._of = f"request={request_id} model={model} prompt_tokens={prompt_tokens}"
         self._began_s = began_s
-        self._first_s = 0.0
+        self._figures = ""  # nothing is better than a wrong number, where the answer failed
         self.tokens = 0
         self.outcome = "client_gone"
 
     def made(self, answers: Sequence[Finished]) -> None:
         """All answers are whole."""
         self.tokens = sum(answer.tokens for answer in answers)
-        self._first_s = min(answer.first_s for answer in answers) - self._began_s
+        ttft_s = min(answer.first_s for answer in answers) - self._began_s
+        self._figures = f" tokens={self.tokens} ttft_s={ttft_s:.3f}"
         self.outcome = answers[0].finish
 
     def __str__(self) -> str:
         return (
-            f"{self._of} tokens={self.tokens} ttft_s={self._first_s:.3f} "
-            f"total_s={time.monotonic() - self._began_s:.3f} outcome={self.outcome}"
+            f"{self._of}{self._figures} total_s={time.monotonic() - self._began_s:.3f} "
+            f"outcome={self.outcome}"
         )
 
 
