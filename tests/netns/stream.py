@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
+from types import TracebackType
 from typing import Any
 
 from tests.netns.world import Machine
@@ -31,12 +34,18 @@ class Stream:
         """Nothing more will come. `clean`: it looked finished to a client."""
         return not self._thread.is_alive()
 
-    def close(self) -> None:
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, _kind: type | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
         """Go away, as a client does."""
         if self._connection.sock is not None:
-            self._connection.sock.close()
-        self._connection.close()
+            with contextlib.suppress(OSError):  # ended already
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
         self._thread.join(10.0)
+        self._connection.close()
 
     def _read(self) -> None:
         response = self._connection.getresponse()

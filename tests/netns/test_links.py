@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -52,9 +53,8 @@ def coordinator(house: World, seen_by: str = NAMES[0]) -> str:
 
 def answer(machine: Machine) -> str:
     """A short greedy answer."""
-    stream = Stream(machine, "Where does the river go?", max_tokens=24)
-    machine.world.until(lambda: stream.ended, 30, "a short answer")
-    stream.close()
+    with Stream(machine, "Where does the river go?", max_tokens=24) as stream:
+        machine.world.until(lambda: stream.ended, 30, "a short answer")
     assert stream.clean, f"{stream.error}\n{machine.world.story()}"
     return stream.text
 
@@ -102,23 +102,25 @@ def test_a_silent_link_is_noticed_answers_say_so_and_the_parts_grow_together_aga
     victim = first if victim_coordinates else next(n for n in NAMES if n != first)
     rest = [name for name in NAMES if name != victim]
     expected, before = answer(house.machines[victim]), agreement(house.machines[first].status())
-    streams = {n: Stream(house.machines[n], "Tell all.", max_tokens=LONG) for n in NAMES}
-    house.until(lambda: all(s.text for s in streams.values()), 20, "answers are under way")
-
-    silence(house.machines[victim])
-    pulled = time.monotonic()
-    house.until(
-        lambda: not any(victim in members(house.machines[name].status()) for name in rest),
-        10, f"the others notice that {victim} is silent",
-    )  # fmt: skip
-    assert time.monotonic() - pulled < NOTICED_S
-    house.until(lambda: all(s.ended for s in streams.values()), 10, "answers in flight end")
-    for name in rest:
-        assert victim in streams[name].error
-    assert any(other in streams[victim].error for other in rest)
-    for stream in streams.values():
-        assert not stream.clean
-        stream.close()
+    with ExitStack() as asked:
+        streams = {
+            name: asked.enter_context(Stream(machine, "Tell all.", max_tokens=LONG))
+            for name, machine in house.machines.items()
+            if name in NAMES
+        }
+        house.until(lambda: all(s.text for s in streams.values()), 20, "answers are under way")
+        silence(house.machines[victim])
+        pulled = time.monotonic()
+        house.until(
+            lambda: not any(victim in members(house.machines[name].status()) for name in rest),
+            10, f"the others notice that {victim} is silent",
+        )  # fmt: skip
+        assert time.monotonic() - pulled < NOTICED_S
+        house.until(lambda: all(s.ended for s in streams.values()), 10, "answers in flight end")
+    ends = {name: stream.error for name, stream in streams.items()}
+    assert not any(stream.clean for stream in streams.values()), ends
+    assert all(victim in ends[name] for name in rest), ends
+    assert any(name in ends[victim] for name in rest), f"{ends}\n{house.story()}"
 
     alone = house.machines[victim]
     house.until(lambda: house.agree(rest) and house.agree([victim]), AGREED_S, "both sides serve")

@@ -293,7 +293,8 @@ class Machine:
         connection = self.connection(10.0)
         try:
             connection.request("GET", path)
-            return json.loads(connection.getresponse().read())
+            with connection.getresponse() as response:
+                return json.loads(response.read())
         finally:
             connection.close()
 
