@@ -13,12 +13,16 @@ from typing import Any
 
 import zmq
 from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
 
-HEARTBEAT_MS = 1000
+HEARTBEAT_MS = 3000
 ENVELOPE_BYTES = 256  # what CURVE (RFC 26) and the framing add to a message part, and some
 RECONNECT_MS = 50
 RECONNECT_MAX_MS = 1000
-HEARTBEAT_TIMEOUT_MS = 2500  # a silent link is noticed within 3.5 s
+# Frees the sockets of peers that vanished, and no more: whatever is on its way is lost with a link.
+# Who is silent is for membership to notice, long before; a process that slept for less goes on.
+HEARTBEAT_TIMEOUT_MS = 15000
+BROKEN_S = 3.0  # from a broken link to giving up; who died is known better by then, and said
 HANDSHAKE_MS = 3000
 WAITING_MAX = 64  # handshakes whose key is not known; older ones run into their deadline
 
@@ -55,6 +59,33 @@ def as_server(
     socket.curve_publickey = public
     socket.curve_secretkey = secret
     socket.zap_domain = domain.encode()
+
+
+class Watch:
+    """Tells whether a client's link broke after it had been up: what was on its way may be lost.
+
+    Made before the socket connects. `socket` is to be polled.
+    """
+
+    def __init__(self, client: zmq.Socket[Any]) -> None:
+        self.socket = client.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._client, self._up = client, False
+
+    def broke(self) -> bool:
+        """Look at every event that has come."""
+        broke = False
+        while self.socket.poll(0):
+            event = recv_monitor_message(self.socket)["event"]
+            broke = broke or (self._up and event == zmq.EVENT_DISCONNECTED)
+            self._up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return broke
+
+    def close(self) -> None:
+        """Before the client is closed."""
+        self._client.disable_monitor()
+        self.socket.close(0)
 
 
 class Doorkeeper:

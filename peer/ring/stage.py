@@ -39,7 +39,7 @@ from peer.ring.frames import (
 )
 from peer.ring.head import Broken, Head
 from peer.ring.pipe import Pipe
-from peer.ring.sockets import Doorkeeper, as_client, as_server
+from peer.ring.sockets import BROKEN_S, Doorkeeper, Watch, as_client, as_server
 from peer.ring.windows import Windows
 
 log = logging.getLogger("halka.stage")
@@ -75,6 +75,9 @@ class Stage:
         )
         self.bind = order.bind
         self.push: zmq.Socket[Any] | None = None
+        self.watch: Watch | None = None
+        self.give_up_at: float | None = None  # when the link to the next stage broke, and BROKEN_S
+        self.poller = zmq.Poller()
         self.last_step = 0  # of frames that came in; they come each once and in order
         self.returned = 0
         self.news = StageNews("loading")
@@ -109,6 +112,8 @@ class Stage:
             as_client(
                 self.push, order.next_key.encode(), self.public, self.secret, self.ring_bytes_max
             )
+            self.watch = Watch(self.push)
+            self.poller.register(self.watch.socket, zmq.POLLIN)
             self.push.connect(order.next_address)
         self.news = msgspec.structs.replace(self.news, phase="linked")
         self.tell(force=True)
@@ -118,17 +123,17 @@ class Stage:
     def loop(self) -> None:
         """Run until told to stop, or until the agent is gone."""
         head = self.head
-        poller = zmq.Poller()
         for source in (self.door.socket, self.pull, 0, *([head.socket] if head else [])):
-            poller.register(source, zmq.POLLIN)
+            self.poller.register(source, zmq.POLLIN)
         while not self.stopping:
-            ready = dict(poller.poll(0 if head and head.todo else self.wait_ms()))
+            ready = dict(self.poller.poll(0 if head and head.todo else self.wait_ms()))
             if self.door.socket in ready:
                 self.door.answer()
             if 0 in ready:
                 self.hear_agent()
             if self.pull in ready:
                 self.hear_ring()
+            self.mind_link()
             if head:
                 if head.socket in ready:
                     head.hear()
@@ -143,9 +148,19 @@ class Stage:
         waits = []
         if self.head and self.head.scheduler.deadline is not None:
             waits.append(self.head.scheduler.deadline - time.monotonic())
+        if self.give_up_at is not None:
+            waits.append(self.give_up_at - time.monotonic())
         if self.current_news() != self.told[0]:
             waits.append(self.told[1] + _NEWS_S - time.monotonic())
         return math.ceil(max(0.0, min(waits)) * 1000) if waits else None
+
+    def mind_link(self) -> None:
+        """A step that was lost with the link to the next stage would never come around."""
+        now = time.monotonic()
+        if self.watch and self.watch.broke() and self.give_up_at is None:
+            self.give_up_at = now + BROKEN_S
+        if self.give_up_at is not None and now >= self.give_up_at:
+            raise Broken(f"the link to peer {self.plan.after(self.peer_id)} broke")
 
     def hear_agent(self) -> None:
         """Orders on stdin."""
@@ -298,6 +313,8 @@ class Stage:
 
     def close(self) -> None:
         """Close sockets, free the engine."""
+        if self.watch:
+            self.watch.close()
         for socket in (self.pull, self.push):
             if socket:
                 socket.close(0)

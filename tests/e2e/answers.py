@@ -98,6 +98,7 @@ class Answer(threading.Thread):
                 self._line(line)
             # http.client ends a body quietly where the connection broke between two chunks.
             self.whole = self.done
+            self.broken = "" if self.done or self.error else "it was cut off"
         except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
             if not self._leaving:
                 self.broken = f"{type(error).__name__}: {error}"
