@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from peer import children
 from peer.planning.plan import PlanId, PlanState
@@ -193,8 +194,11 @@ def _cause(code: int, lines: deque[str]) -> str:
 
 
 def physical_cores() -> int:
-    """Cores that compute: the affinity's, as a container may have been given fewer."""
-    try:
-        return max(1, len(os.sched_getaffinity(0)))
-    except AttributeError:  # macOS
-        return max(1, os.cpu_count() or 1)
+    """Cores that compute: a second thread on the same core only waits for the first one's memory.
+
+    Never more than this process may use: a container may have been given fewer.
+    """
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        physical = min(physical, len(os.sched_getaffinity(0)))
+    return max(1, physical)
