@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -33,12 +34,14 @@ log = logging.getLogger("halka.agent")
 STORE_S = 1.0  # between looks at the store: `halka pull` is noticed within a second
 MEASURE_AGAIN_S = 30.0  # after measuring failed: its process may have been killed, or the disk full
 MEASURE_AGAIN_MAX_S = 3600.0  # of a model that no engine here runs, at last
+DESCRIPTORS = 65536  # as the service's unit allows
 STATUS_S = 5.0  # between lines for `systemctl status`
 
 
 def main(config: Config, warnings: list[str]) -> int:
     """Run the agent until SIGTERM or SIGINT. Returns an exit code. Raises ConfigError."""
     _log_to(sys.stderr.fileno(), config.log)
+    _allow_descriptors()
     for warning in warnings:
         log.warning("setting=ignored because=%s", warning)
     identity = Identity(config.home)
@@ -62,6 +65,16 @@ def _log_to(descriptor: int, level: str) -> None:
     form = "%(name)s %(message)s" if journal else "%(asctime)s %(levelname)s %(name)s %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form)
     logging.getLogger("halka").setLevel(level.upper())
+
+
+def _allow_descriptors() -> None:
+    """As many as the system lets us have: the usual 1024 are soon filled by half-open connections,
+    and then nothing works, neither the disk nor the API."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses some values
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Daemon:
