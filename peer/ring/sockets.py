@@ -22,6 +22,7 @@ RECONNECT_MAX_MS = 1000
 # Frees the sockets of peers that vanished, and no more: whatever is on its way is lost with a link.
 # Who is silent is for membership to notice, long before; a process that slept for less goes on.
 HEARTBEAT_TIMEOUT_MS = 15000
+LINK_S = 30.0  # for a link to come up at all; the stage at its other end may be told of it later
 BROKEN_S = 3.0  # from a broken link to giving up; who died is known better by then, and said
 HANDSHAKE_MS = 3000
 WAITING_MAX = 64  # handshakes whose key is not known; older ones run into their deadline
@@ -64,22 +65,22 @@ def as_server(
 class Watch:
     """Tells whether a client's link broke after it had been up: what was on its way may be lost.
 
-    Made before the socket connects. `socket` is to be polled.
+    Made before the socket connects. `socket` is to be polled; `up`: the link is there now.
     """
 
     def __init__(self, client: zmq.Socket[Any]) -> None:
         self.socket = client.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
-        self._client, self._up = client, False
+        self._client, self.up = client, False
 
     def broke(self) -> bool:
         """Look at every event that has come."""
         broke = False
         while self.socket.poll(0):
             event = recv_monitor_message(self.socket)["event"]
-            broke = broke or (self._up and event == zmq.EVENT_DISCONNECTED)
-            self._up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            broke = broke or (self.up and event == zmq.EVENT_DISCONNECTED)
+            self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
         return broke
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ from peer.ring.frames import (
 )
 from peer.ring.head import Broken, Head
 from peer.ring.pipe import Pipe
-from peer.ring.sockets import BROKEN_S, Doorkeeper, Watch, as_client, as_server
+from peer.ring.sockets import BROKEN_S, LINK_S, Doorkeeper, Watch, as_client, as_server
 from peer.ring.windows import Windows
 
 log = logging.getLogger("halka.stage")
@@ -76,7 +76,7 @@ class Stage:
         self.bind = order.bind
         self.push: zmq.Socket[Any] | None = None
         self.watch: Watch | None = None
-        self.give_up_at: float | None = None  # when the link to the next stage broke, and BROKEN_S
+        self.give_up_at: float | None = None  # on the link to the next stage
         self.poller = zmq.Poller()
         self.last_step = 0  # of frames that came in; they come each once and in order
         self.returned = 0
@@ -115,6 +115,13 @@ class Stage:
             self.watch = Watch(self.push)
             self.poller.register(self.watch.socket, zmq.POLLIN)
             self.push.connect(order.next_address)
+            self.give_up_at = time.monotonic() + LINK_S
+        if self.alone:
+            self.linked()
+
+    def linked(self) -> None:
+        """The ring may be used as far as this stage can tell."""
+        self.give_up_at = None
         self.news = msgspec.structs.replace(self.news, phase="linked")
         self.tell(force=True)
 
@@ -156,11 +163,16 @@ class Stage:
 
     def mind_link(self) -> None:
         """A step that was lost with the link to the next stage would never come around."""
+        if self.watch is None:
+            return
         now = time.monotonic()
-        if self.watch and self.watch.broke() and self.give_up_at is None:
-            self.give_up_at = now + BROKEN_S
+        if self.watch.broke():
+            self.give_up_at = self.give_up_at or now + BROKEN_S
+        elif self.watch.up and self.news.phase == "ready":
+            self.linked()
         if self.give_up_at is not None and now >= self.give_up_at:
-            raise Broken(f"the link to peer {self.plan.after(self.peer_id)} broke")
+            what = "broke" if self.news.phase == "linked" else f"did not come up in {LINK_S:.0f} s"
+            raise Broken(f"the link to peer {self.plan.after(self.peer_id)} {what}")
 
     def hear_agent(self) -> None:
         """Orders on stdin."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -65,10 +66,13 @@ class Neighbours:
         await self.until("linked")
 
     async def until(self, phase: str) -> StageNews:
-        while True:
-            news = await asyncio.wait_for(self.news.get(), 30)
-            if news.phase == phase:
-                return news
+        async with asyncio.timeout(30):
+            while True:
+                self.door.answer()  # the real stage is linked once it is let in here
+                with contextlib.suppress(TimeoutError):
+                    news = await asyncio.wait_for(self.news.get(), 0.02)
+                    if news.phase == phase:
+                        return news
 
     async def dropped(self, count: int) -> StageNews:
         """Wait until the stage says that it dropped so many frames."""
