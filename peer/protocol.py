@@ -126,7 +126,7 @@ class Plans(Message, frozen=True, tag="plans"):
 
     term: Term
     states: Annotated[tuple[PlanState, ...], msgspec.Meta(max_length=8)]
-    why_none: Why = ""  # what is missing, while nothing can be served
+    why_none: Why = ""  # what is missing, while the model that is wanted cannot be served
 
 
 class Report(Message, frozen=True, tag="report"):

@@ -187,6 +187,12 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
         yield Problem(why, "halka pull smollm2" if "no model" in why else "halka status --watch")
     elif agent.duty.serving() is None:
         yield Problem(f"{shown.plan.shape.model} is not served yet", "halka status --watch")
+    elif agent.duty.why_none:
+        yield Problem(
+            f"{shown.plan.shape.model} goes on, because no newer plan can be: "
+            f"{agent.duty.why_none}",
+            "halka models",
+        )
     for digest, why in agent.serving.errors.items():
         if shown and digest == shown.plan.shape.digest:
             yield Problem(f"this peer cannot read the model's words: {why}", "halka status --watch")

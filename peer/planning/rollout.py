@@ -267,7 +267,7 @@ class Rollout:
         reckoned = {*plan.ring, *(left.peer_id for left in plan.split.left_out)}
         suits = plan.shape.digest == shape.digest and here <= reckoned <= self._members.present
         if suits:
-            self._cause = ""
+            self._cause = self._why_none = ""
         return suits
 
     def _roll_out(
@@ -369,7 +369,10 @@ class Rollout:
     def _publish(self, now: float) -> list[Publish]:
         if not self._decided:
             return []
-        why_none = "" if self._current() else self._why_none or f"{self._cause}; planning again"
+        # Said, too, while an earlier plan goes on: why the model that is wanted is not served.
+        why_none = self._why_none
+        if not why_none and not self._current():
+            why_none = f"{self._cause}; planning again"
         plans = Plans(self._term or 0, self.states, why_none[:1000])
         if plans == self._published and now < self._publish_at:
             return []
