@@ -32,7 +32,7 @@ LONGER = {
     "peer/models/gguf.py": 411,  # reader and writer of one format
     "tests/simulated/house.py": 470,
     "tests/unit/test_parts.py": 620,
-    "tests/unit/test_rollout.py": 620,
+    "tests/unit/test_rollout.py": 540,  # one machine
     "tests/unit/test_transfer.py": 570,
 }
 LONGER_SLACK = 40  # lines that such a file may shrink before its limit must follow
