@@ -326,6 +326,7 @@ def test_with_the_true_python_and_pip_the_command_works(tmp_path: Path) -> None:
     machine = make_machine(tmp_path, "user", platform.system())
     (tmp_path / "fakes/bin/uname").unlink()  # Python's own libraries ask it, too
     network = {k: v for k, v in os.environ.items() if k.startswith("PIP_") or "proxy" in k.lower()}
+    network["PIP_NO_CACHE_DIR"] = "1"  # pip's cache is not ours to clear
     path = {"PATH": f"{tmp_path}/fakes/bin:{os.environ['PATH']}"}
     python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
     said = succeeded(
