@@ -16,6 +16,7 @@ from peer.planning.profile import (
     PeerId,
     Value,
     Why,
+    is_key,
 )
 
 WINDOWS_MAX = 512
@@ -137,6 +138,10 @@ class StageLink(Value, frozen=True):
     ring_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     key: Annotated[str, msgspec.Meta(min_length=40, max_length=40)]  # CURVE public key, Z85
     submit_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # head only
+
+    def __post_init__(self) -> None:
+        if not is_key(self.key):
+            raise ValueError("the stage's key is no CURVE key")
 
 
 class PlanState(Value, frozen=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import msgspec
@@ -14,9 +13,25 @@ Why = Annotated[str, msgspec.Meta(max_length=1000)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 Layer = Annotated[int, msgspec.Meta(ge=0, le=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 
 PEERS_MAX = 64
 LAYERS_MAX = 4096
+
+
+_Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
+_DIGITS = {character: digit for digit, character in enumerate(_Z85)}
+
+
+def is_key(text: str) -> bool:
+    """Whether this is a CURVE public key in Z85 (ZeroMQ RFC 32): 40 characters, 5 for 4 bytes."""
+    if len(text) != 40 or any(character not in _DIGITS for character in text):
+        return False
+    groups = (text[at : at + 5] for at in range(0, 40, 5))
+    return all(
+        sum(_DIGITS[c] * 85**power for power, c in enumerate(reversed(group))) < 1 << 32
+        for group in groups
+    )
 
 
 class Value(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -115,11 +130,8 @@ class ModelOffer(Value, frozen=True):
     """A model of which a peer holds parts. `parts`: names; complete when all are there."""
 
     shape: ModelShape
-    pulled_s: float  # when it was pulled, seconds since 1970; the newest is served by default
+    pulled_s: Seconds  # when it was pulled, since 1970; the newest is served by default
     parts: Annotated[
         tuple[Annotated[str, msgspec.Meta(max_length=16)], ...], msgspec.Meta(max_length=5000)
     ]
 
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.pulled_s):
-            raise ValueError("pulled_s is not finite")
