@@ -18,6 +18,7 @@ from peer.cluster.identity import Identity
 from peer.config import Config
 from peer.errors import ModelError, PeerError
 from peer.models import transfer
+from peer.models.parts import contradiction
 from peer.models.store import Store
 from peer.planning import duty as d
 from peer.planning import rollout as r
@@ -280,7 +281,10 @@ class Agent:
 
         why = ""
         try:
-            await transfer.fetch(self.store, digest, parts, offers, ask, progress)
+            manifest = await transfer.fetch(self.store, digest, parts, offers, ask, progress)
+            if lie := contradiction(manifest, plan.shape):
+                why = f"the plan states another `{lie}` for {manifest.model} than its manifest"
+                log.warning("refused=plan plan=%s because=%s", plan.id, why)
         except (ModelError, PeerError) as error:
             why = str(error)
             log.warning("fetched=no plan=%s because=%s", plan.id, why)

@@ -58,7 +58,7 @@ class Serving:
             if known is None and len(offer.parts) < len(shape.window_parts(0, shape.layers)):
                 continue
             found[digest] = ServedModel(
-                shape.model,
+                known.id if known else shape.model,
                 max(int(offer.pulled_s), known.created_s if known else 0),
                 known.context if known else shape.context,
                 digest == served,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -209,6 +209,29 @@ def _make_readable(folder: Path, manifest: Manifest, part: PartEntry) -> None:
         _rewrite(path, part_header(manifest.architecture, part.tensors, part.header_bytes))
 
 
+def contradiction(manifest: Manifest, shape: ModelShape) -> str:
+    """In what a shape that somebody told of is not that of the model itself, or ""."""
+    stated = _stated(manifest).items()
+    return next((name for name, value in stated if getattr(shape, name) != value), "")
+
+
+def _stated(manifest: Manifest) -> dict[str, Any]:
+    """What of a ModelShape the manifest says."""
+    parts = manifest.by_name
+    layers = range(manifest.layers)
+    return {
+        "model": manifest.model,
+        "digest": manifest.digest,
+        "architecture": manifest.architecture,
+        "layers": manifest.layers,
+        "tied": manifest.tied,
+        "layer_bytes": tuple(parts[layer_part(i)].data_bytes for i in layers),
+        "head_bytes": parts["head"].file_bytes,
+        "embed_bytes": parts["embed"].data_bytes,
+        "output_bytes": 0 if manifest.tied else parts["output"].data_bytes,
+    }
+
+
 def shape_of(
     folder: Path,
     cuts: Callable[[Header], Cuts],
@@ -225,23 +248,15 @@ def shape_of(
         value = header.metadata.get(f"{manifest.architecture}.{key}", 0)
         return value if isinstance(value, int) and 0 <= value <= 1 << 31 else 0
 
-    parts, allowed = manifest.by_name, cuts(header)
+    allowed = cuts(header)
     cells = tuple(kv_bytes_per_cell(header))
     if len(cells) != manifest.layers:
         raise ModelError(f"the engine gives KV sizes for {len(cells)} of {manifest.layers} layers")
     return ModelShape(
-        model=manifest.model,
-        digest=manifest.digest,
-        architecture=manifest.architecture,
-        layers=manifest.layers,
+        **_stated(manifest),
         hidden=number("embedding_length"),
         context=number("context_length"),
-        layer_bytes=tuple(parts[layer_part(i)].data_bytes for i in range(manifest.layers)),
         layer_kv_bytes=cells,
-        head_bytes=parts["head"].file_bytes,
-        embed_bytes=parts["embed"].data_bytes,
-        output_bytes=0 if manifest.tied else parts["output"].data_bytes,
-        tied=manifest.tied,
         cut_starts=allowed.starts,
         cut_groups=allowed.groups,
         whole_why=allowed.why[:1000],

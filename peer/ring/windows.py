@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Backend, Batch, Engine, Footprint, Settings, Window
+from backends.base import Backend, BackendFault, Batch, Engine, Footprint, Settings, Window
 from peer.models.manifest import load as load_manifest
 from peer.models.parts import hold, load_header, place
 from peer.planning.plan import Plan
@@ -43,6 +43,9 @@ class Windows:
         """Place the parts of every window and load them."""
         manifest = load_manifest(folder)
         header = load_header(folder, manifest)
+        hidden = header.metadata.get(f"{header.architecture}.embedding_length")
+        if (header.layers, hidden) != (self.plan.shape.layers, self.plan.shape.hidden):
+            raise BackendFault("the plan was made for another model than the one that is here")
         self.vocabulary = header.tensors["token_embd.weight"].shape[-1]
         with hold(folder):  # nobody else is placing: what is there was left by a stage that died
             for left in folder.glob("window-*"):

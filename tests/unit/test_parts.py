@@ -604,3 +604,16 @@ def test_a_manifest_that_was_damaged_on_disk_is_said_to_be(store: Store, tmp_pat
         (folder / "manifest.json").write_bytes(data)
         with pytest.raises(PartError, match="damaged: remove"):
             load(folder)
+
+
+def test_a_shape_that_is_not_the_manifests_is_found_out(store: Store, tmp_path: Path) -> None:
+    manifest = imported(store, gguf_files.model(layers=4), tmp_path)
+    shape = parts.shape_of(
+        store.folder(manifest.digest),
+        lambda header: Cuts(header.layers, (0,)),
+        lambda header: (1,) * header.layers,
+    )
+    assert parts.contradiction(manifest, shape) == ""
+    for name, lie in {"layers": 3, "model": "other", "layer_bytes": (1,) * 4}.items():
+        told = msgspec.structs.replace(shape, **{name: lie})
+        assert parts.contradiction(manifest, told) == name
