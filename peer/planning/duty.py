@@ -14,6 +14,8 @@ import msgspec
 from peer.planning.plan import Plan, PlanId, PlanState, StageLink, StagePhase, check
 from peer.protocol import Plans, Report, StageNews
 
+STAGES_MAX = 4  # at once on a peer: one that serves, one that is to come, two that drain
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:
@@ -256,6 +258,8 @@ class Duty:
         part.fetched = True
         if not part.mine or part.started:
             return []
+        if sum(p.started and not p.dead for p in self.parts.values()) >= STAGES_MAX:
+            return self._failed(plan, f"{STAGES_MAX} stages of earlier plans still run here")
         part.started = True
         return [self._report(part, "loading"), StartStage(part.state)]
 
@@ -348,7 +352,7 @@ class Duty:
             for part in self.parts.values()
             if part.state.phase == "serving"
             and not part.dead
-            and part.state.links
+            and {link.peer_id for link in part.state.links}.issuperset(part.state.plan.ring)
             and self._reaches(part.state.plan.head)
         ]
         chosen = max(candidates, key=lambda part: part.state.plan.id, default=None)

@@ -21,15 +21,20 @@ from peer.protocol import Sampling
 from peer.ring.frames import Copy, Fault, Open, Trim
 
 WAITING_MAX = 64
+WAITING_OF_ONE_MAX = 32  # of one entry peer, so that it cannot keep all others out
 STRETCH_TOKENS = 512  # KV cells are reserved so many ahead: few answers are ever put back
 ALIVE_S = 5.0  # an answer that waits or is being read gives a sign of life so often
 
 
+Key = tuple[Hashable, str]
+"""An answer: who asked for it (a connection), and its name there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """An entry peer asks for an answer. `key` names it (entry and request)."""
+    """An entry peer asks for an answer."""
 
-    key: Hashable
+    key: Key
     ids: NDArray[np.int32]
     sampling: Sampling
     tokens_max: int
@@ -40,7 +45,7 @@ class Submitted:
 class Cancelled:
     """Nobody waits for this answer any more."""
 
-    key: Hashable
+    key: Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ class Deliver:
     Without tokens and finish it is a sign of life.
     """
 
-    key: Hashable
+    key: Key
     position: int
     ids: tuple[int, ...]
     finish: Literal["", "stop", "length"] = ""
@@ -89,7 +94,7 @@ class Deliver:
 class Refuse:
     """The answer does not begin, or does not go on. code as in protocol.Unanswered."""
 
-    key: Hashable
+    key: Key
     code: Literal["busy", "stale", "invalid", "failed"]
     why: str
 
@@ -106,7 +111,7 @@ Action = Run | Deliver | Refuse | Lost
 
 @dataclass(slots=True)
 class _Job:
-    key: Hashable
+    key: Key
     ids: list[int]
     sampling: Sampling
     tokens_left: int
@@ -181,12 +186,15 @@ class Scheduler:
             return [Refuse(event.key, "invalid", why)]
         if len(self.waiting) >= WAITING_MAX:
             return [Refuse(event.key, "busy", f"{WAITING_MAX} answers are waiting already")]
+        if sum(job.key[0] == event.key[0] for job in self.waiting) >= WAITING_OF_ONE_MAX:
+            why = f"{WAITING_OF_ONE_MAX} answers that this peer asked for are waiting already"
+            return [Refuse(event.key, "busy", why)]
         self.waiting.append(
             _Job(event.key, event.ids.tolist(), event.sampling, event.tokens_max, event.ends, now)
         )
         return []
 
-    def _drop(self, key: Hashable) -> None:
+    def _drop(self, key: Key) -> None:
         for job in self.waiting:
             if job.key == key:
                 self.waiting.remove(job)

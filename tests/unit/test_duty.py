@@ -223,3 +223,22 @@ def test_an_entry_peer_that_lost_sight_of_the_ring_serves_again_when_it_is_back(
     machine.step(MemberJoined(PEERS[1]), 3)
     actions = machine.step(heard(state(PLAN, "serving")), 4)
     assert actions == [Fetch(PLAN, ("head",)), Serve(PLAN, links(PLAN)[0])]
+
+
+def test_a_plan_without_all_of_its_links_is_not_opened() -> None:
+    machine = make(PEERS[4])
+    bare = PlanState(PLAN, "serving", links(PLAN)[1:])
+    assert not any(isinstance(action, Serve) for action in machine.step(heard(bare), 0))
+
+
+def test_a_storm_of_plans_starts_few_stages() -> None:
+    machine = make()
+    started = 0
+    plans = [plan(4, 8, 12, number=number) for number in range(1, 8)]
+    machine.step(heard(*(state(each) for each in plans)), 0)
+    for each in plans:
+        actions = machine.step(Fetched(each.id), 0)
+        started += any(isinstance(action, StartStage) for action in actions)
+        if started == 4 and not any(isinstance(action, StartStage) for action in actions):
+            assert reports(actions)[0].phase == "failed"
+    assert started == 4

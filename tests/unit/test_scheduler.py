@@ -26,8 +26,12 @@ def make(slots: int = 8, context: int = 100, kv_cells: int = 400, batch: int = 1
     return Scheduler(slots, context, kv_cells, batch, step_s=5.0)
 
 
-def ask(key: str, length: int, tokens: int = 4, ends: tuple[int, ...] = (99,)) -> Submitted:
-    return Submitted(key, np.arange(length, dtype=np.int32), Sampling(), tokens, frozenset(ends))
+def ask(
+    key: str, length: int, tokens: int = 4, ends: tuple[int, ...] = (99,), owner: str = "e"
+) -> Submitted:
+    return Submitted(
+        (owner, key), np.arange(length, dtype=np.int32), Sampling(), tokens, frozenset(ends)
+    )
 
 
 def run_of(actions: list[Action]) -> Run:
@@ -67,7 +71,7 @@ def test_a_long_prompt_does_not_keep_a_running_answer_from_its_next_token() -> N
     machine.step(ask("long", 90), 0)
     for step in range(1, 6):
         actions = machine.step(Returned(step, (5,)), 0)
-        assert [a.key for a in actions if isinstance(a, Deliver)] == ["a"]
+        assert [a.key for a in actions if isinstance(a, Deliver)] == [("e", "a")]
         run = run_of(actions)
         assert run.slots[0] == 0
         assert len(run.ids) == 16
@@ -77,7 +81,7 @@ def test_an_end_token_is_not_delivered_and_frees_the_slot_in_every_stage() -> No
     machine = make()
     machine.step(ask("a", 3), 0)
     actions = machine.step(Returned(1, (99,)), 0)
-    assert actions[0] == Deliver("a", 3, (), "stop")
+    assert actions[0] == Deliver(("e", "a"), 3, (), "stop")
     assert run_of(actions).ops == (Trim(0, 0),)
     assert machine.active == 0
 
@@ -85,14 +89,14 @@ def test_an_end_token_is_not_delivered_and_frees_the_slot_in_every_stage() -> No
 def test_the_answer_ends_with_length_at_its_limit_and_at_the_context() -> None:
     machine = make()
     machine.step(ask("a", 3, tokens=2), 0)
-    assert Deliver("a", 3, (5,)) in machine.step(Returned(1, (5,)), 0)
-    assert Deliver("a", 4, (6,), "length") in machine.step(Returned(2, (6,)), 0)
+    assert Deliver(("e", "a"), 3, (5,)) in machine.step(Returned(1, (5,)), 0)
+    assert Deliver(("e", "a"), 4, (6,), "length") in machine.step(Returned(2, (6,)), 0)
     machine.step(Returned(3, ()), 0)
     machine.step(ask("b", 98, tokens=1000), 0)
     for step in range(4, 10):  # six chunks of 16, none of them the last
         assert not any(isinstance(a, Deliver) for a in machine.step(Returned(step, ()), 0))
-    assert Deliver("b", 98, (1,)) in machine.step(Returned(10, (1,)), 0)
-    assert Deliver("b", 99, (1,), "length") in machine.step(Returned(11, (1,)), 0)
+    assert Deliver(("e", "b"), 98, (1,)) in machine.step(Returned(10, (1,)), 0)
+    assert Deliver(("e", "b"), 99, (1,), "length") in machine.step(Returned(11, (1,)), 0)
 
 
 def test_a_prompt_that_fills_the_context_is_refused_by_name() -> None:
@@ -105,7 +109,7 @@ def test_a_prompt_that_fills_the_context_is_refused_by_name() -> None:
 def test_a_cancelled_answer_stops_within_a_step_and_its_token_in_flight_is_dropped() -> None:
     machine = make()
     machine.step(ask("a", 3), 0)
-    assert machine.step(Cancelled("a"), 0) == []
+    assert machine.step(Cancelled(("e", "a")), 0) == []
     actions = machine.step(Returned(1, (5,)), 0)
     assert not any(isinstance(action, Deliver) for action in actions)
     assert run_of(actions).ops == (Trim(0, 0),)
@@ -116,7 +120,7 @@ def test_a_slot_taken_again_does_not_receive_its_forerunners_token() -> None:
     machine = make(slots=1)
     machine.step(ask("a", 3), 0)
     machine.step(ask("b", 2), 0)
-    machine.step(Cancelled("a"), 0)
+    machine.step(Cancelled(("e", "a")), 0)
     actions = machine.step(Returned(1, (5,)), 0)
     assert not any(isinstance(action, Deliver) for action in actions)
     run = run_of(actions)
@@ -143,8 +147,8 @@ def test_an_answer_that_waits_or_is_read_gives_signs_of_life() -> None:
     actions = machine.step(Returned(1, ()), 4.5)  # late is at 9.5, signs are due at 5 and 6
     assert not any(isinstance(action, Deliver) for action in actions)
     assert machine.deadline == 5.0
-    assert machine.step(Tick(), 5.0) == [Deliver("long", 90, ())]
-    assert machine.step(Tick(), 6.0) == [Deliver("waits", 10, ())]
+    assert machine.step(Tick(), 5.0) == [Deliver(("e", "long"), 90, ())]
+    assert machine.step(Tick(), 6.0) == [Deliver(("e", "waits"), 10, ())]
     assert machine.deadline == 9.5
 
 
@@ -168,7 +172,7 @@ def test_the_answer_that_came_last_is_put_back_where_answers_outgrow_the_cache()
             if isinstance(action, Run):
                 run = action
             elif isinstance(action, Deliver):
-                key = str(action.key)
+                key = action.key[1]
                 assert action.position == 700 + len(given[key])
                 given[key] += action.ids
                 finished += [key] if action.finish else []
@@ -184,9 +188,21 @@ def test_a_fault_ends_only_the_answer_it_touches_and_names_the_peer() -> None:
     machine.step(Returned(1, (5,)), 0)
     actions = machine.step(Returned(2, (6, 7), (Fault(0, "q" * 16),)), 0)
     refused = [action for action in actions if isinstance(action, Refuse)]
-    assert [r.key for r in refused] == ["a"]
+    assert [r.key for r in refused] == [("e", "a")]
     assert "q" * 16 in refused[0].why
-    assert Deliver("b", 2, (7,)) in actions
+    assert Deliver(("e", "b"), 2, (7,)) in actions
+
+
+def test_one_entry_peer_cannot_keep_the_others_out() -> None:
+    machine = make(slots=1)
+    refused = [
+        action
+        for i in range(40)
+        for action in machine.step(ask(f"r{i}", 5, owner="greedy"), 0)
+        if isinstance(action, Refuse)
+    ]
+    assert {(r.code, r.key[0]) for r in refused} == {("busy", "greedy")}
+    assert not any(isinstance(a, Refuse) for a in machine.step(ask("one", 5, owner="meek"), 0))
 
 
 def test_a_step_that_does_not_return_ends_every_answer_with_a_reason() -> None:
@@ -219,7 +235,7 @@ class Ring:
             if isinstance(action, Run):
                 self.run(action)
             elif isinstance(action, Refuse) or (isinstance(action, Deliver) and action.finish):
-                self.ended.add(str(action.key))
+                self.ended.add(action.key[1])
 
     def run(self, run: Run) -> None:
         assert self.pending is None, "two steps in flight"
@@ -254,7 +270,7 @@ def test_whatever_happens_rows_are_right_and_all_slots_come_back() -> None:
             elif choice < 0.2 and set(asked) - ring.ended:
                 key = draw.choice(sorted(set(asked) - ring.ended))
                 ring.ended.add(key)
-                ring.take(Cancelled(key))
+                ring.take(Cancelled(("e", key)))
             elif ring.pending is not None:
                 ring.answer(draw, (1, 2, 99))
         for _ in range(2000):
