@@ -43,6 +43,7 @@ COMMAND = children.command("peer.models.vocabulary")
 OPEN_S = 60.0  # a cold disk and an engine's library
 RENDER_S = 2.0  # a template takes milliseconds
 ENCODE_S = 2.0
+EXIT_S = 1.0  # from the end of its pipe to the end of the process
 ENCODE_CHAR_S = 20e-6  # llama.cpp takes 0.5 to 2.4 on a slow core
 CHARS_A_TOKEN = 16  # no text is so dense that it has more characters a token
 CHARS_SLACK = 4096  # so that short contexts still get an exact count
@@ -196,7 +197,13 @@ class Text:
         except TimeoutError:
             await self._end()
             raise _Gone(f"it did not finish within {deadline_s:.0f} s", late=True) from None
-        except (OSError, EOFError, msgspec.MsgspecError, ValueError, RecursionError) as error:
+        except EOFError:  # its pipe closed: its exit code is there in a moment
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EXIT_S):
+                    if self._process is not None:
+                        await self._process.wait()
+            raise _Gone(f"its process ended ({await self._end()})") from None
+        except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             code = await self._end()
             raise _Gone(f"its process ended ({code})" if code else f"{error}") from None
         if isinstance(answer, Failed):
