@@ -134,4 +134,3 @@ class ModelOffer(Value, frozen=True):
     parts: Annotated[
         tuple[Annotated[str, msgspec.Meta(max_length=16)], ...], msgspec.Meta(max_length=5000)
     ]
-
