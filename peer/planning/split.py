@@ -6,15 +6,16 @@ better (by measured speed, in several rounds) replaces what is behind it and not
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import islice, permutations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peer.errors import NoPlan
+from peer.planning.cuts import Cuts, Needs, nearest, reaches
 from peer.planning.plan import LeftOut, PlanWindow, Split
 from peer.planning.profile import ModelShape, Profile
 
@@ -22,11 +23,10 @@ SLOTS = 8  # answers at once; more wait for their turn
 BATCH_TOKENS = 512  # rows of a prefill chunk: llama.cpp's own default
 CONTEXT_DEFAULT = 32768  # tokens; a longer context is taken only when it is asked for
 CONTEXT_LEAST = 512  # tokens; with less there is no use in answering
+BYTES_MAX = 1 << 60  # the bound of `Bytes`: no sum beyond it can be told to a peer
 _ORDERS_MAX = 120  # ring orders that are tried before a split is called impossible
-_ABSENT = 1e12  # cost of leaving a peer out where all are wanted; > any sum of squared layers
-
-Matrix = NDArray[np.float64]
-Flags = NDArray[np.bool_]
+_EFFORT_MAX = 6_000_000  # layers times peers times orders: 0.1 s on a slow core
+_EFFORT_LEAST = 500  # layers; numpy takes as long for fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +61,18 @@ def solve(
     out that can be given a layer, at the cost of context where need be.
     Raises: NoPlan, saying what is missing and the smallest thing that would help.
     """
-    if not shape.layers or {len(shape.layer_bytes), len(shape.layer_kv_bytes)} != {shape.layers}:
-        raise NoPlan(f"the header of {shape.model} contradicts itself: remove it and pull it again")
+    if why := unusable(shape):
+        raise NoPlan(why)
     able, left_out = _candidates(profiles, order)
     if not able:
         raise NoPlan(
             f"no peer here has an engine for {shape.model}: "
             + ("; ".join(left.why for left in left_out) or "no profile has arrived yet")
         )
-    allowed = _allowed(shape)
-    sizes = list(_sizes(shape, context_wanted))
-    found = _first_fit(able, shape, allowed, sizes, spread_all)
+    model = _Model(shape, context_wanted)
+    found = _first_fit(able, model, spread_all)
     if found is None:
-        raise NoPlan(_missing(able, shape, sizes[-1]))
+        raise NoPlan(_missing(able, model))
     ring, edges, size = found
     windows = tuple(
         PlanWindow(
@@ -87,8 +86,9 @@ def solve(
         if b > a
     )
     busy = {window.peer_id for window in windows}
+    least = model.needs(size.kv_cells).least
     left_out += [
-        LeftOut(c.profile.peer_id, _why_left_out(c, able, shape, allowed, size))
+        LeftOut(c.profile.peer_id, _why_left_out(c, able, shape, least)[:1000])
         for c in able
         if c.profile.peer_id not in busy
     ]
@@ -99,7 +99,7 @@ def solve(
         slots=SLOTS,
         batch_tokens=BATCH_TOKENS,
         left_out=tuple(left_out),
-        why=_why(shape, windows, size, sizes[0]),
+        why=_why(shape, windows, size, model.sizes[0]),
     )
 
 
@@ -127,12 +127,12 @@ def memory_bytes(profile: Profile, backend: str) -> int:
     """What a stage of this backend may use on the peer.
 
     Layers go to GPUs where there are any: memory of their own where they have it (CUDA, ROCm), the
-    machine's where they share it (Metal, and whatever else does not say).
+    machine's where they share it (Metal, and whatever else does not say). At most BYTES_MAX.
     """
     devices = [e for e in profile.engines if e.backend == backend and e.memory_free_bytes]
     own = sum(e.memory_free_bytes for e in devices if e.kind in ("cuda", "rocm", "hip"))
     if own:
-        return own
+        return min(own, BYTES_MAX)
     shared = [e.memory_free_bytes for e in devices if e.kind != "cpu"]
     return min([profile.memory_available_bytes, *shared])
 
@@ -170,68 +170,94 @@ def logits_bytes(shape: ModelShape) -> int:
 # The split -------------------------------------------------------------------------------------
 
 
-def _allowed(shape: ModelShape) -> Flags:
-    """[layers + 1, layers + 1]: whether the window [a, b) is allowed; as `shape.refusal` says."""
-    n = shape.layers
-    flags = np.zeros((n + 1, n + 1), np.bool_)
-    if not shape.whole_why:
-        starts = np.zeros(n + 1, np.bool_)
-        starts[[s for s in shape.cut_starts if s < n]] = True
-        ends = starts.copy()
-        ends[n] = True
-        at = np.arange(n + 1)
-        flags = starts[:, None] & ends[None, :] & (at[:, None] < at[None, :])
-        for group in shape.cut_groups:
-            held = np.zeros(n + 1, np.int64)
-            held[[layer for layer in group if layer < n]] = 1
-            before = np.concatenate([[0], np.cumsum(held)])[: n + 1]
-            flags &= before[None, :] > before[:, None]
-    flags[0, n] = True
-    return flags
+def unusable(shape: ModelShape) -> str:
+    """Why no plan can be made of a shape, whatever peers there are, or ""."""
+    if not shape.layers or {len(shape.layer_bytes), len(shape.layer_kv_bytes)} != {shape.layers}:
+        return f"the header of {shape.model} contradicts itself: remove it and pull it again"
+    least = min(shape.context or CONTEXT_LEAST, CONTEXT_LEAST)
+    if _whole_bytes(shape, least) > BYTES_MAX:
+        return (
+            f"the header of {shape.model} speaks of more than {BYTES_MAX >> 50:,} PiB: remove it "
+            "and pull it again"
+        )
+    return ""
 
 
-def _needs(shape: ModelShape, size: _Size) -> Matrix:
-    """[layers + 1, layers + 1]: bytes that a stage needs for the window [a, b)."""
-    n = shape.layers
-    each = np.array(shape.layer_bytes, np.float64) + size.kv_cells * np.array(
-        shape.layer_kv_bytes, np.float64
-    )
-    sums = np.concatenate([[0.0], np.cumsum(each)])
-    needs: Matrix = sums[None, :] - sums[:, None] + compute_bytes(shape, size.kv_cells)
-    needs[0, :] += shape.embed_bytes
-    needs[1:, n] += shape.embed_bytes if shape.tied else 0
-    needs[:, n] += shape.output_bytes + logits_bytes(shape)
-    return needs
+def _whole_bytes(shape: ModelShape, kv_cells: int) -> int:
+    """What one stage with all layers needs; in Python's integers, which cannot overflow."""
+    ends = compute_bytes(shape, kv_cells) + logits_bytes(shape)
+    cache = kv_cells * sum(shape.layer_kv_bytes)
+    return shape.window_bytes(0, shape.layers) + cache + ends
+
+
+class _Model:
+    """A shape and what stages need for it. sizes: to try, the best first."""
+
+    def __init__(self, shape: ModelShape, context_wanted: int) -> None:
+        self.shape = shape
+        self.sizes = [
+            size
+            for size in _sizes(shape, context_wanted)
+            if _whole_bytes(shape, size.kv_cells) <= BYTES_MAX
+        ]
+        self._cuts = Cuts(shape)
+        self._weights = np.array(shape.layer_bytes, np.int64)
+        self._kv = np.array(shape.layer_kv_bytes, np.int64)
+        self._needs: dict[int, Needs] = {}
+
+    @property
+    def cells(self) -> list[int]:
+        """How much KV cache may be kept, the most first."""
+        return sorted({size.kv_cells for size in self.sizes}, reverse=True)
+
+    def needs(self, kv_cells: int) -> Needs:
+        """What windows need with so much KV cache."""
+        if kv_cells not in self._needs:
+            shape = self.shape
+            self._needs[kv_cells] = Needs(
+                self._cuts,
+                self._weights + kv_cells * self._kv,
+                compute=compute_bytes(shape, kv_cells),
+                embed=shape.embed_bytes,
+                tail=shape.output_bytes + logits_bytes(shape),
+                tied=shape.embed_bytes if shape.tied else 0,
+            )
+        return self._needs[kv_cells]
 
 
 def _first_fit(
-    able: list[_Candidate],
-    shape: ModelShape,
-    allowed: Flags,
-    sizes: list[_Size],
-    spread_all: bool,
+    able: list[_Candidate], model: _Model, spread_all: bool
 ) -> tuple[Sequence[_Candidate], list[tuple[int, int]], _Size] | None:
     """The ring, its edges and the largest size that fits; None where nothing does."""
-    needs = [_needs(shape, size) for size in sizes]
+    cells = model.cells
+    least = model.needs(cells[-1])
+    spare = sum(max(0, c.memory_bytes - least.compute) for c in able)
+    if spare < least.whole - least.compute:
+        return None  # in no order
     for everyone in (True, False) if spread_all else (False,):
-        for ring in (able, *_other_orders(able)):
-            if not _fit(ring, allowed, needs[-1], spread_all, everyone):
+        if everyone and len(able) > model.shape.layers:
+            continue
+        for ring in (able, *_other_orders(able, model.shape.layers)):
+            memories = [c.memory_bytes for c in ring]
+            if not reaches(least, memories, not everyone):
                 continue  # not even the smallest size
-            for size, needed in zip(sizes, needs, strict=True):
-                if edges := _fit(ring, allowed, needed, spread_all, everyone):
-                    return ring, edges, size
+            # What fits with so much KV cache fits with less: the first that does is bisected for.
+            first = bisect.bisect_left(
+                cells, True, key=lambda n: reaches(model.needs(n), memories, not everyone)
+            )
+            size = next(size for size in model.sizes if size.kv_cells <= cells[first])
+            edges = nearest(model.needs(size.kv_cells), memories, spread_all)
+            return ring, edges, size
     return None
 
 
-def _fit(
-    ring: Sequence[_Candidate], allowed: Flags, needs: Matrix, spread_all: bool, everyone: bool
-) -> list[tuple[int, int]] | None:
-    edges = _edges(ring, allowed, needs, spread_all)
-    return edges if edges and (not everyone or all(b > a for a, b in edges)) else None
-
-
-def _other_orders(able: list[_Candidate]) -> Iterator[Sequence[_Candidate]]:
+def _other_orders(able: list[_Candidate], layers: int) -> Iterator[Sequence[_Candidate]]:
     """Ring orders to try where the stable one does not fit: the ends weigh more than the middle."""
+    tries = max(1, min(_ORDERS_MAX, _EFFORT_MAX // (len(able) * (layers + _EFFORT_LEAST))))
+    yield from islice(_orders(able), tries)
+
+
+def _orders(able: list[_Candidate]) -> Iterator[Sequence[_Candidate]]:
     if math.factorial(min(len(able), 6)) <= _ORDERS_MAX:
         yield from permutations(able)
         return
@@ -242,46 +268,15 @@ def _other_orders(able: list[_Candidate]) -> Iterator[Sequence[_Candidate]]:
                 yield [head, *(c for c in able if c is not head and c is not tail), tail]
 
 
-def _edges(
-    ring: Sequence[_Candidate], allowed: Flags, needs: Matrix, spread_all: bool
-) -> list[tuple[int, int]] | None:
-    """The window [a, b) of each peer in ring order, (a, a) for none; None where nothing fits.
-
-    A dynamic programme over (peers so far, layers so far): the least sum of squared distances
-    between what a peer gets and its share, so that allowed cuts nearest to the shares are taken.
-    """
-    n = len(allowed) - 1
-    total = sum(c.memory_bytes for c in ring) or 1
-    counts = np.arange(n + 1)[None, :] - np.arange(n + 1)[:, None]
-    best = np.full(n + 1, np.inf)
-    best[0] = 0.0
-    choices = []
-    for candidate in ring:
-        share = n * candidate.memory_bytes / total
-        fits = allowed & (needs <= candidate.memory_bytes)
-        costs = np.where(fits, best[:, None] + (counts - share) ** 2, np.inf)
-        np.fill_diagonal(costs, best + share**2 + (_ABSENT if spread_all else 0.0))
-        choices.append(costs.argmin(axis=0))
-        best = costs.min(axis=0)
-    if not math.isfinite(best[n]):
-        return None
-    edges, b = [], n
-    for choice in reversed(choices):
-        a = int(choice[b])
-        edges.append((a, b))
-        b = a
-    return edges[::-1]
-
-
 # Words -----------------------------------------------------------------------------------------
 
 
-def _missing(able: list[_Candidate], shape: ModelShape, size: _Size) -> str:
+def _missing(able: list[_Candidate], model: _Model) -> str:
     """What is missing for the smallest size, and the smallest thing that would help."""
+    shape, size = model.shape, model.sizes[-1]
     largest = max(able, key=lambda c: (c.memory_bytes, c.profile.peer_id))
     name, has = largest.profile.name, largest.memory_bytes
-    needs = _needs(shape, size)
-    whole = int(needs[0, shape.layers])
+    whole = _whole_bytes(shape, size.kv_cells)
     if shape.whole_why:
         return (
             f"{shape.model} must stay whole ({shape.whole_why}) and needs {_mib(whole)}; {name}, "
@@ -306,17 +301,12 @@ def _missing(able: list[_Candidate], shape: ModelShape, size: _Size) -> str:
 
 
 def _why_left_out(
-    candidate: _Candidate,
-    able: list[_Candidate],
-    shape: ModelShape,
-    allowed: Flags,
-    size: _Size,
+    candidate: _Candidate, able: list[_Candidate], shape: ModelShape, least: int
 ) -> str:
-    """Why a peer that could take part has no window."""
+    """Why a peer that could take part has no window. least: bytes that the smallest one needs."""
     name, has = candidate.profile.name, candidate.memory_bytes
     if shape.whole_why:
         return f"{shape.model} must stay whole: {shape.whole_why}"
-    least = int(_needs(shape, size)[allowed].min())
     if least > has:
         return f"{name} has {_mib(has)} free and the smallest window needs {_mib(least)}"
     share = shape.layers * has / (sum(c.memory_bytes for c in able) or 1)
