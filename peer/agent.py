@@ -228,7 +228,7 @@ class Agent:
                 host = self._host_of(plan.head)
                 self.entry.open(plan.id, f"tcp://{host}:{link.submit_port}", link.key)
                 self.entry.serve(plan.id)
-                self.serving.learn(plan)
+                self.serving.serve(plan)
                 log.info("serving=%s plan=%s head=%s", plan.shape.model, plan.id, plan.head)
             case d.EndPlan(plan_id, why):
                 log.info("ended=plan plan=%s because=%s", plan_id, why)
@@ -290,9 +290,8 @@ class Agent:
             log.warning("fetched=no plan=%s because=%s", plan.id, why)
         self._fetches.pop(plan.id, None)
         self._duty(d.Fetched(plan.id, why))
-        serving = self.duty.serving()
-        if not why and serving and serving.plan.id == plan.id:
-            self.serving.learn(plan)  # it served others before this peer had its words
+        if not why:
+            self.serving.learn(plan)
 
     async def _start(self, plan: Plan) -> None:
         part = self.duty.parts.get(plan.id)

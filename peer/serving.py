@@ -98,8 +98,14 @@ class Serving:
             raise NoPlan(self.errors.get(digest, "the model's words are on their way"))
         return text
 
+    def serve(self, plan: Plan) -> None:
+        """This plan serves now: no words but its model's are wanted any more."""
+        self.learn(plan)
+        for digest in [known for known in self._texts if known != plan.shape.digest]:
+            self._spawn(self._texts.pop(digest).close(), f"end of the words of {digest[:12]}")
+
     def learn(self, plan: Plan) -> None:
-        """Open the words of the served model, ahead of the first question."""
+        """Open the words of a model ahead of the first question: a second of work."""
         digest = plan.shape.digest
         if digest not in self._texts and digest not in self._opening:
             self._opening[digest] = self._spawn(self._open(plan), f"words of {plan.shape.model}")
@@ -117,10 +123,7 @@ class Serving:
             log.warning("words=no model=%s because=%s", plan.shape.model, error)
         else:
             self.errors.pop(digest, None)
-            others = [self._texts.pop(known) for known in list(self._texts) if known != digest]
             self._texts[digest] = text
-            for other in others:
-                await other.close()
         finally:
             self._opening.pop(digest, None)
 
