@@ -27,7 +27,7 @@ import zmq
 from zmq.utils import z85
 
 from peer.errors import ConfigError
-from peer.planning.profile import PEERS_MAX
+from peer.planning.profile import PEERS_MAX, is_key
 from peer.protocol import Sighted, Term
 
 log = logging.getLogger("halka.cluster")
@@ -52,13 +52,9 @@ def peer_id_of(key: str) -> str:
 
     Raises: ValueError when it is not a key.
     """
-    if len(key) != 40 or not key.isascii():
-        raise ValueError("a CURVE key has 40 characters")
-    try:
-        raw = z85.decode(key)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"not a CURVE key: {error!r}") from None
-    digest = hashlib.blake2b(raw, digest_size=10, person=b"halka-peer").digest()
+    if not is_key(key):  # z85.decode fails in ways of its own, such as struct.error
+        raise ValueError(f"{key[:64]!r} is not a CURVE key: 40 characters of Z85")
+    digest = hashlib.blake2b(z85.decode(key), digest_size=10, person=b"halka-peer").digest()
     return base64.b32encode(digest).decode().lower()
 
 

@@ -184,8 +184,9 @@ class Mdns:
     async def _look_up(self) -> None:
         while True:
             zeroconf, name = await self._names.get()
-            info = AsyncServiceInfo(TYPE, name)
             try:
+                # Also the name is a stranger's: zeroconf raises where it does not end in our TYPE.
+                info = AsyncServiceInfo(TYPE, name)
                 if info.load_from_cache(zeroconf) or await info.async_request(
                     zeroconf, LOOKUP_S * 1000
                 ):

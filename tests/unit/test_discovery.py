@@ -135,7 +135,7 @@ def test_a_record_says_what_was_announced_and_nothing_of_the_machine() -> None:
     [
         {"id": "a" * 16}, {"key": "x"}, {"key": "x" * 65}, {"v": "one"}, {"v": "9" * 6},
         {"v": None}, {"id": None}, {"key": None}, {"c": None}, {"c": b"\xff"},
-        {"key": zmq.curve_keypair()[0]},
+        {"key": zmq.curve_keypair()[0]}, {"key": "#" * 40}, {"key": "~" * 40},
     ],
 )  # fmt: skip
 def test_a_record_that_lies_is_no_sighting(change: dict[str, Any]) -> None:
@@ -207,6 +207,21 @@ async def test_a_flood_of_names_is_bounded() -> None:
             name = name.replace(digit, letter)
         shouting._on_change(None, mdns.TYPE, name, mdns.ServiceStateChange.Added)  # type: ignore[arg-type]
     assert shouting._names.qsize() == mdns.WAITING_MAX
+
+
+async def test_nothing_in_a_name_ends_the_search() -> None:
+    """zeroconf refuses names that do not end in our type as we write it; they come from anybody."""
+    shouting = Mdns(lambda: record(), lambda other: None)
+    looking = asyncio.create_task(shouting._look_up())
+    names = [f"halka-{'a' * 16}._HALKA._tcp.local.", f"HALKA-{'A' * 16}._halka._TCP.LOCAL."]
+    for name in names:
+        shouting._on_change(None, mdns.TYPE, name, mdns.ServiceStateChange.Added)  # type: ignore[arg-type]
+    while shouting._names.qsize():
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not looking.done()
+    looking.cancel()
+    await asyncio.wait([looking])
 
 
 # The key door -------------------------------------------------------------------------------------

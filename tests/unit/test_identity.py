@@ -167,7 +167,9 @@ def test_a_failed_write_leaves_the_old_state(
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("key", ["", "short", "x" * 41, "\x00" * 40, "ü" * 40, '"' * 40])
+@pytest.mark.parametrize(
+    "key", ["", "short", "x" * 41, "\x00" * 40, "ü" * 40, '"' * 40, "#" * 40, "~" * 40]
+)
 def test_what_is_no_key_has_no_peer_id(key: str) -> None:
     with pytest.raises(ValueError, match="key"):
         peer_id_of(key)
