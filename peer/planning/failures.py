@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 RETRY_S = (1.0, 4.0, 15.0)  # after the first, second and third failure
@@ -71,6 +71,20 @@ class Failures:
             for (peer_id, model), failed in sorted(self._failed.items())
             if model == digest and failed.until > -math.inf
         }
+
+    def count(self, digest: str) -> int:
+        """How often plans for this model failed, as far as it is remembered."""
+        return sum(failed.count for (_, model), failed in self._failed.items() if model == digest)
+
+    def reasons(self, digest: str) -> list[str]:
+        """Why they failed, the last time on each peer."""
+        return [f.why for (_, model), f in sorted(self._failed.items()) if model == digest]
+
+    def bars(self, digests: Collection[str]) -> list[tuple[str, str]]:
+        """(peer id, digest) of all that plans for these models do without for now."""
+        return sorted(
+            key for key, f in self._failed.items() if key[1] in digests and f.until > -math.inf
+        )
 
     def expire(self, now: float) -> None:
         """Let those whose time is over try again."""

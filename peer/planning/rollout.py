@@ -9,32 +9,21 @@ Nothing here is stored: a new coordinator adopts the plan that it last heard of.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from msgspec.structs import replace
-
 from peer.config import Timing
-from peer.errors import NoPlan
-from peer.planning.choice import Choice, choose
+from peer.planning.choice import choose
 from peer.planning.failures import RETRY_S, Failures
-from peer.planning.plan import LeftOut, Plan, PlanId, PlanState, Split, check
-from peer.planning.profile import ModelOffer, ModelShape, Profile
-from peer.planning.running import Running, is_same
-from peer.planning.split import solve
+from peer.planning.making import Members as Members
+from peer.planning.making import basis, make
+from peer.planning.plan import Plan, PlanId, PlanState, Split
+from peer.planning.profile import ModelShape
+from peer.planning.running import NUMBER_MAX, Running, adoptable, is_same
 from peer.protocol import Plans, Report
 
 _DRAINING_MAX = 4  # plans that wait for their last answers; a Plans message holds 8 states
 _NEVER = math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Members:
-    """Who is here (this peer among them), and what they told of themselves so far."""
-
-    present: frozenset[str]
-    profiles: Mapping[str, Profile]
-    offers: Mapping[str, Sequence[ModelOffer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +78,20 @@ class Rollout:
     def __init__(self, me: str, timing: Timing) -> None:
         self._me, self._timing = me, timing
         self._members = Members(frozenset(), {}, {})
-        self._choice = Choice(None)
+        self._choice = choose({}, "", me)
         self._failures = Failures(doubt_s=2 * timing.silence_s)
         self._begin(None, ())
 
     def _begin(self, term: int | None, known: tuple[PlanState, ...]) -> None:
         self._term = term
         self._known = known  # plans that may still be adopted
-        self._number = max((s.plan.id.number for s in known if s.plan.id.term == term), default=0)
+        numbers = [s.plan.id.number for s in known if s.plan.id.term == term]
+        self._number = max((n for n in numbers if n <= NUMBER_MAX), default=0)
         self._running: dict[PlanId, Running] = {}
         self._adopted: PlanId | None = None
         self._decided = False  # nothing is published before the first decision of a term
         self._why_none = ""
+        self._ignored: Mapping[str, str] = {}  # as last told
         self._cause = "a new coordinator"
         self._seen: object = None  # what a plan depends on
         self._planned: object = None  # the same when the last plan was made
@@ -141,6 +132,7 @@ class Rollout:
         if self._term is None:
             return []
         notes += self._expire(now)
+        notes += self._tell_ignored()
         self._watch(now)
         if now >= self._quiet_at:
             notes += self._decide(now)
@@ -150,13 +142,10 @@ class Rollout:
 
     def _take_members(self, members: Members, now: float) -> list[Note]:
         before, self._members = self._members, members
-        me = members.profiles.get(self._me)
-        self._choice = choose(
-            {p: offers for p, offers in members.offers.items() if p in members.present},
-            me.model_wanted if me else "",
-        )
+        if (wishes := members.wishes(self._me)) != before.wishes(self._me):
+            self._choice = choose(*wishes, self._me)
         for peer_id in before.present:
-            if _nature(before, peer_id) != _nature(members, peer_id):
+            if before.nature(peer_id) != members.nature(peer_id):
                 self._failures.forget(peer_id)
         if lost := before.present - members.present:
             self._failures.forgive(lost, now)
@@ -169,22 +158,27 @@ class Rollout:
 
     def _adopt(self, now: float) -> list[Note]:
         """Take over what was served before this term, where all of its peers are here."""
-        mine = [
-            state
-            for state in sorted(self._known, key=lambda state: state.plan.id)
-            if state.phase in ("serving", "draining")
-            and state.plan.id.term <= (self._term or 0)
-            and state.plan.id not in self._running
-            and self._members.present.issuperset(state.plan.ring)
-        ]
-        notes = []
-        for state in mine:
-            running = self._running[state.plan.id] = Running(state, now)
+        notes, term, here = [], self._term or 0, self._members.present
+        for state in sorted(self._known, key=lambda state: state.plan.id):
+            plan_id = state.plan.id
+            if plan_id in self._running or not adoptable(state, term, here):
+                continue
+            running = self._running[plan_id] = Running(state, now)
             if state.phase == "serving":
                 self._retire(now, running)
-                self._adopted, self._decided = state.plan.id, True
-                notes = [Note(f"plan {state.plan.id} goes on under this coordinator")]
+                self._adopted, self._decided = plan_id, True
+                notes = [Note(f"plan {plan_id} goes on under this coordinator")]
+        self._retire(now, None)
         return notes
+
+    def _tell_ignored(self) -> list[Note]:
+        """Whose offers do not count, once."""
+        before, self._ignored = self._ignored, self._choice.ignored
+        return [
+            Note(f"{self._name(peer_id)}: {why}")
+            for peer_id, why in self._ignored.items()
+            if before.get(peer_id) != why
+        ]
 
     def _name(self, peer_id: str, members: Members | None = None) -> str:
         profile = (members or self._members).profiles.get(peer_id)
@@ -200,15 +194,30 @@ class Rollout:
     def _situation(self) -> object:
         """All that a plan depends on. Free memory is only looked at while there is no plan: it
         changes all the time, and most of all through the plan itself."""
-        digest = self._choice.shape.digest if self._choice.shape else ""
-        barred = self._failures.barred(digest)
         profiles = [
-            (_nature(self._members, p)[:1], profile.memory_available_bytes if memory else 0)
+            (
+                self._members.nature(profile.peer_id)[0],
+                profile.memory_available_bytes if memory else 0,
+            )
             for memory in [not self._current()]
-            for p, profile in sorted(self._members.profiles.items())
-            if p in self._members.present and p not in barred
+            for profile in self._members.here
         ]
-        return digest, self._choice.why, profiles, sorted(barred)
+        choice, ranked = self._choice, self._ranked()
+        bars = self._failures.bars({shape.digest for shape in ranked})
+        return ranked, choice.why, choice.newest, choice.passed_over, profiles, bars
+
+    def _ranked(self) -> list[ModelShape]:
+        """The models to try, in order. While nothing serves, one that failed again and again, or
+        that would interrupt another's loading to fail once more, waits until another one does."""
+
+        def waits(shape: ModelShape) -> bool:
+            failed = self._failures.count(shape.digest)
+            others = any(r.plan.shape.digest != shape.digest for r in self._current())
+            return failed >= len(RETRY_S) or (failed > 0 and others)
+
+        if any(r.serves for r in self._running.values()):
+            return list(self._choice.shapes)
+        return sorted(self._choice.shapes, key=waits)
 
     def _watch(self, now: float) -> None:
         """Wait for quiet after every change; there is nothing to do where all is as planned."""
@@ -232,65 +241,75 @@ class Rollout:
         return notes
 
     def _replan(self, now: float) -> list[Note]:
-        shape = self._choice.shape
-        if shape is None:
-            return self._without(self._choice.why)
-        barred = self._failures.barred(shape.digest)
-        here = [p for i, p in sorted(self._members.profiles.items()) if i in self._members.present]
-        able = [profile for profile in here if profile.peer_id not in barred]
-        excuses = "; ".join(barred.values())
-        if barred and not able:
-            return self._without(excuses)
+        """Serve the first model that can be."""
         current = self._current()
-        me = self._members.profiles.get(self._me)
-        if self._suits(current, shape, {profile.peer_id for profile in here}):
-            return []
-        try:
-            split = solve(
-                able,
-                shape,
-                context_wanted=me.context_wanted if me else 0,
-                spread_all=any(profile.spread_all for profile in able),
-                order=current[-1].plan.ring if current else (),
-            )
-        except NoPlan as error:
-            return self._without(f"{error}" + (f". {excuses}" if excuses else ""))
-        out = [LeftOut(p, why) for p, why in barred.items() if p in self._members.present]
-        split = replace(split, left_out=split.left_out + tuple(out))
-        return self._roll_out(shape, split, current, now)
+        whys: dict[str, str] = {}  # why not, by digest
+        for shape in self._ranked():
+            plan = self._kept(current, shape) or self._make(current, shape)
+            if isinstance(plan, str):
+                whys[shape.digest] = plan
+                continue
+            notes = self._roll_out(plan, current, now)
+            return [*notes, *self._say_instead(shape, whys)]
+        return self._without(". ".join([*whys.values()][:3]) or self._choice.why)
 
-    def _suits(self, current: list[Running], shape: ModelShape, here: set[str]) -> bool:
-        """Whether an adopted plan reckons with exactly the peers and the model of now."""
-        if not current or current[0].plan.id != self._adopted:
-            return False
-        plan = current[0].plan
+    def _kept(self, current: list[Running], shape: ModelShape) -> Plan | None:
+        """The plan of now that there is no reason to replace: of the same model, and made of
+        what is here; or adopted, and it reckons with exactly the peers of now."""
+        basis = self._basis(shape)
+        for running in current:
+            if running.plan.shape == shape and running.basis == basis:
+                return running.plan
+        if not current or current[0].plan.id != self._adopted or current[0].plan.shape != shape:
+            return None
+        plan, here = current[0].plan, {profile.peer_id for profile in self._members.here}
         reckoned = {*plan.ring, *(left.peer_id for left in plan.split.left_out)}
-        suits = plan.shape.digest == shape.digest and here <= reckoned <= self._members.present
-        if suits:
-            self._cause = self._why_none = ""
-        return suits
+        return plan if here <= reckoned <= self._members.present else None
 
-    def _roll_out(
-        self, shape: ModelShape, split: Split, current: list[Running], now: float
-    ) -> list[Note]:
-        """Make the split the next plan, unless it is what runs already."""
-        self._why_none = ""
-        same = next((r for r in current if is_same(r.plan, shape, split)), None)
+    def _make(self, current: list[Running], shape: ModelShape) -> Plan | str:
+        """The next plan, or why there can be none."""
+        return make(
+            PlanId(self._term or 0, self._number + 1),
+            self._me,
+            self._members,
+            shape,
+            self._failures.barred(shape.digest),
+            order=current[-1].plan.ring if current else (),
+        )
+
+    def _basis(self, shape: ModelShape) -> object:
+        return basis(self._members, self._failures.barred(shape.digest))
+
+    def _roll_out(self, plan: Plan, current: list[Running], now: float) -> list[Note]:
+        """Make it the next plan, unless it is what runs already."""
+        same = next((r for r in current if is_same(r.plan, plan.shape, plan.split)), None)
         notes = [
             self._drop(r, "it was overtaken", keep_cause=True)
             for r in current
             if r is not same and not r.serves
         ]
-        cause, self._cause = self._cause or self._news(current, split), ""
+        cause, self._cause = self._cause or self._news(current, plan.split), ""
         if same is not None:
+            same.basis = self._basis(plan.shape)
             return notes
-        plan = Plan(PlanId(self._term or 0, self._number + 1), self._me, shape, split)
-        if wrong := check(plan):
-            return [*notes, *self._without(f"no plan for {shape.model}: {wrong}")]
         self._number += 1
-        state = PlanState(plan, "loading", why=f"{cause}; {split.why}"[:1000])
-        self._running[plan.id] = Running(state, now)
-        return [*notes, Note(f"plan {plan.id} for {shape.model}: {state.why}")]
+        state = PlanState(plan, "loading", why=f"{cause}; {plan.split.why}"[:1000])
+        self._running[plan.id] = Running(state, now, self._basis(plan.shape))
+        return [*notes, Note(f"plan {plan.id} for {plan.shape.model}: {state.why}")]
+
+    def _say_instead(self, shape: ModelShape, whys: Mapping[str, str]) -> list[Note]:
+        """Why this model is served and not the one that was pulled last."""
+        first, newest = self._choice.shapes[0], self._choice.newest
+        why = self._choice.passed_over
+        if shape.digest != first.digest and not why:
+            why = whys.get(first.digest) or "; ".join(self._failures.reasons(first.digest))
+        if not why:
+            self._why_none = ""
+            return []
+        earlier = "an earlier " if shape.model == newest else ""
+        return self._without(
+            f"{newest} was pulled last, but {why[:700]}: serving {earlier}{shape.model}"
+        )
 
     def _news(self, current: list[Running], split: Split) -> str:
         """What has changed, in words, where nothing was lost."""
@@ -330,10 +349,10 @@ class Rollout:
             return [self._drop(running, "its last answer ended", keep_cause=True)]
         return []
 
-    def _retire(self, now: float, newest: Running) -> None:
+    def _retire(self, now: float, newest: Running | None) -> None:
         """All others that serve go on for their answers only, and not too many of them."""
         for other in self._running.values():
-            if other is not newest and other.serves:
+            if newest and other is not newest and other.serves:
                 other.enter("draining", now)
         draining = sorted(r.plan.id for r in self._running.values() if r.state.phase == "draining")
         for plan_id in draining[:-_DRAINING_MAX]:
@@ -378,17 +397,3 @@ class Rollout:
             return []
         self._published, self._publish_at = plans, now + self._timing.publish_s
         return [Publish(plans)]
-
-
-def _nature(members: Members, peer_id: str) -> tuple[object, object]:
-    """What a peer is, and which models it has; what changes by itself (free memory, parts) is not
-    in it."""
-    profile = members.profiles.get(peer_id)
-    if profile is None or peer_id not in members.present:
-        return None, None
-    engines = [(e.backend, e.device, e.kind, e.memory_total_bytes) for e in profile.engines]
-    offered = frozenset(offer.shape.digest for offer in members.offers.get(peer_id, ()))
-    lasting = replace(
-        profile, memory_available_bytes=0, disk_free_bytes=0, engines=(), model_wanted=""
-    )
-    return (lasting, engines), offered

@@ -8,17 +8,21 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from peer.config import Timing
-from peer.planning.plan import Phase, Plan, PlanState, Split, StageLink
-from peer.planning.profile import ModelShape
+from peer.planning.plan import TERM_MAX, Phase, Plan, PlanState, Split, StageLink, check
+from peer.planning.profile import ModelShape, is_key
 from peer.protocol import Report
+
+NUMBER_MAX = TERM_MAX - 1_000_000  # of another's plan; so many of its own a coordinator can make
 
 
 @dataclass(slots=True)
 class Running:
-    """A plan and what is known of its progress. since: when its phase began."""
+    """A plan and what is known of its progress. since: when its phase began. basis: what it was
+    made of; None where another coordinator made it."""
 
     state: PlanState
     since: float
+    basis: object = None
     reports: dict[str, Report] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)  # when each peer last came further
 
@@ -75,8 +79,10 @@ class Running:
         if report.phase == "failed":
             return report.why or "it gave no reason"
         told = report.phase in ("ready", "linked")
-        if told and not (report.ring_port and len(report.key) == 40):
+        if told and not report.ring_port:
             return "it says that it is ready, and not where it listens"
+        if told and not is_key(report.key):
+            return "it says that it is ready, and the key that it tells is none"
         if told and peer_id == self.plan.head and not report.submit_port:
             return "it says that it is ready, and not where answers are submitted"
         if self.state.phase == "loading":
@@ -86,6 +92,21 @@ class Running:
         return ""
 
 
+def adoptable(state: PlanState, term: int, present: frozenset[str]) -> bool:
+    """Whether a coordinator of this term, with these peers here, can go on with another's plan:
+    one that serves, is sound, and whose number leaves room for those to come."""
+    plan = state.plan
+    return (
+        state.phase in ("serving", "draining")
+        and plan.id.term <= min(term, NUMBER_MAX)
+        and plan.id.number <= NUMBER_MAX
+        and not check(plan)
+        and present.issuperset(plan.ring)
+        and tuple(link.peer_id for link in state.links) == plan.ring
+        and state.links[0].submit_port > 0
+    )
+
+
 def is_same(plan: Plan, shape: ModelShape, split: Split) -> bool:
     """Whether this plan's windows are the split's, for the same model and context."""
 
@@ -93,7 +114,7 @@ def is_same(plan: Plan, shape: ModelShape, split: Split) -> bool:
         return [(w.peer_id, w.first, w.last, w.backend) for w in of.windows]
 
     return (
-        plan.shape.digest == shape.digest
+        plan.shape == shape
         and plan.split.context == split.context
         and windows(plan.split) == windows(split)
     )
