@@ -23,7 +23,9 @@ FREE = {
 # Decisions without I/O: time and randomness are arguments. (*: with the issue that brings it.)
 PURE = {
     "peer.cluster.membership", "peer.cluster.election",
-    "peer.planning.plan", "peer.planning.split", "peer.planning.rollout",
+    "peer.planning.plan", "peer.planning.split", "peer.planning.cuts", "peer.planning.rollout",
+    "peer.planning.choice", "peer.planning.making", "peer.planning.failures",
+    "peer.planning.running", "peer.planning.duty",
     "peer.ring.scheduler", "peer.ring.generation",
 }  # fmt: skip
 PURE_LATER = {"peer.planning.costs", "peer.planning.halda", "peer.ring.speculation"}
