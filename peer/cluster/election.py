@@ -10,6 +10,10 @@ What holds always:
 - The term that a peer follows never goes back, and within one term it follows one coordinator only.
   So a claim that wins by the order, but whose term is not above the loser's, is made again with a
   term above all that were heard (`_defend`), and the loser follows that.
+- Nobody uses up the terms by telling of high ones: a term far above all that were heard is not
+  believed (`_believable`), and a peer is heard only a few times a second. Whoever is itself so far
+  ahead that nobody believes it (it was lied to before) steps down to a claim that it hears, if that
+  is below every term of its present run (`_step_down`).
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ from dataclasses import dataclass, field
 from peer.config import Timing
 from peer.planning.plan import TERM_MAX
 
-TERM_JUMP_MAX = 1 << 20  # one message cannot use up the terms; years of elections take far fewer
+TERM_FREE_MAX = 1 << 32  # up to here any term is believed; elections alone take millennia to it
+TERM_JUMP_MAX = 1000  # beyond it, above the highest known: one liar needs years to use them all up
+CHANGES_A_SECOND = 4.0  # of one peer's claim; honest ones change theirs a few times an election
+CHANGES_MAX = 8.0  # in a burst
 
 # Events -------------------------------------------------------------------------------------------
 
@@ -75,9 +82,13 @@ Event = PeerUp | PeerDown | Beat | Stored | StoreFailed | Tick
 
 @dataclass(frozen=True, slots=True)
 class StoreTerm:
-    """Write the term to disk, then answer with Stored or StoreFailed."""
+    """Write the term to disk, then answer with Stored or StoreFailed.
+
+    lower: also where a higher one is stored.
+    """
 
     term: int
+    lower: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +108,24 @@ class Elected:
     term: int
 
 
-Action = StoreTerm | Publish | Elected
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """What this member says is not believed, for now. `what` is one of a few fixed phrases."""
+
+    peer_id: str
+    what: str
+
+
+Action = StoreTerm | Publish | Elected | Doubt
 Claim = tuple[bool, int, str]
+
+
+@dataclass(slots=True)
+class _Patience:
+    """How many changes of a peer's claim are still heard, as of `at`."""
+
+    left: float
+    at: float
 
 
 @dataclass(slots=True)
@@ -111,11 +138,14 @@ class Election:
     term: int = 0  # of the claim that I follow or followed last; at start, the stored one
     coordinator: str = ""
     followed: bool = False  # my own claim has had followers
-    _highest: int = field(default=0, init=False)  # term heard anywhere
+    _highest: int = field(default=0, init=False)  # term heard anywhere, and believed
+    _horizon: int = field(default=0, init=False)  # no term above it is believed
     _last: str = field(default="", init=False)  # whom I followed in `term`
     _claimed: int = field(default=0, init=False)  # my highest term, stored or being stored
     _storing: int = field(default=0, init=False)
+    _first: float = field(default=math.inf, init=False)  # lowest term followed since the start
     _views: dict[str, Beat | None] = field(default_factory=dict, init=False)
+    _patience: dict[str, _Patience] = field(default_factory=dict, init=False)
     _since: float = field(default=0.0, init=False)  # nobody coordinates since; plus the listening
     _store_again: float = field(default=-math.inf, init=False)
 
@@ -152,10 +182,12 @@ class Election:
         match event:
             case PeerUp(peer_id):
                 self._views[peer_id] = None
+                self._patience[peer_id] = _Patience(CHANGES_MAX / 2, now)
             case PeerDown(peer_id):
                 self._views.pop(peer_id, None)
+                self._patience.pop(peer_id, None)
             case Beat():
-                self._hear(event)
+                actions += self._hear(event)
             case Stored(term):
                 self._take_claim(term)
             case StoreFailed(term):
@@ -173,18 +205,37 @@ class Election:
 
     # What was heard -------------------------------------------------------------------------------
 
-    def _hear(self, beat: Beat) -> None:
+    def _hear(self, beat: Beat) -> list[Action]:
         if beat.peer_id not in self._views:
-            return  # not a member (any more)
-        if beat.term > min(self._highest + TERM_JUMP_MAX, TERM_MAX // 2):
-            return  # no honest peer is so far ahead
+            return []  # not a member (any more)
         view = self._views[beat.peer_id]
-        if view is not None and beat.term < view.term:
-            return  # overtaken on its way: a peer's term never goes back
+        if beat == view:
+            return []
+        if view is not None and beat.term < view.term <= _believable(beat.term):
+            return []  # overtaken on its way: a peer's term goes back only where it steps down
+        if not self._has_patience(beat.peer_id):
+            return [Doubt(beat.peer_id, "claims that change too often")]  # a later beat may count
+        self._horizon = max(self._horizon, _believable(self._highest))
+        if beat.term > self._horizon:
+            # Nothing is followed, but the next one may be as far again: peers that are really so
+            # far apart find together in the end.
+            self._views[beat.peer_id] = None
+            self._horizon = _believable(self._horizon)
+            return [Doubt(beat.peer_id, "term far above all others")]
         self._views[beat.peer_id] = beat
         self._highest = max(self._highest, beat.term)
         if self.coordinator == self.me == beat.coordinator and beat.term == self.term:
             self.followed = True
+        return []
+
+    def _has_patience(self, peer_id: str) -> bool:
+        patience = self._patience[peer_id]
+        more = max(0.0, self.now - patience.at) * CHANGES_A_SECOND
+        patience.left, patience.at = min(CHANGES_MAX, patience.left + more), self.now
+        if patience.left < 1.0:
+            return False
+        patience.left -= 1.0
+        return True
 
     def _rivals(self) -> list[Claim]:
         """Claims that I hear from the claimants themselves, best last."""
@@ -213,6 +264,9 @@ class Election:
             _, term, rival = rivals[-1]
             if term > self.term:
                 return self._follow(rival, term)
+        if steps := self._step_down(rivals):
+            return steps
+        if rivals and rivals[-1] > mine:
             return []  # else it hears me, and claims again above my term
         # A member that follows nobody in a term above mine cannot follow me in this one.
         free = [view.term for view in self._views.values() if view and not view.coordinator]
@@ -238,6 +292,8 @@ class Election:
             # After a restart `_last` is "": plans of the old run are forgotten, so any may be.
             if term > self.term or (term == self.term and self._last in ("", rival)):
                 return self._follow(rival, term)
+        if steps := self._step_down(self._rivals()):
+            return steps
         if not self._storing and self.now >= self._may_claim_at():
             return self._defend()
         return []
@@ -271,9 +327,34 @@ class Election:
         self.coordinator = self._last = self.me
         self.term = term
         self._highest = max(self._highest, term)
+        self._first = min(self._first, term)
+
+    def _step_down(self, rivals: list[Claim]) -> list[Action]:
+        """Follow the best claim that is so far below mine that who made it cannot believe mine.
+
+        Also where mine is followed; those who follow it step down with me. But only to one below
+        all terms that were followed since the start: in each of those there was somebody already.
+        What an earlier start followed is forgotten by everybody.
+        """
+        for _, term, rival in reversed(rivals):
+            if self.term > _believable(term) and term < self._first:
+                self._storing = 0
+                self._highest = self._claimed = self._horizon = term
+                for peer_id, view in self._views.items():
+                    if view is not None and view.term > _believable(term):
+                        self._views[peer_id] = None  # it steps down too, or is not believed
+                self._follow(rival, term)
+                return [StoreTerm(term, lower=True)]
+        return []
 
     def _follow(self, coordinator: str, term: int) -> list[Action]:
         self.coordinator = self._last = coordinator
         self.term = term
         self.followed = False
+        self._first = min(self._first, term)
         return [StoreTerm(term)]  # so that terms go on after a house without power
+
+
+def _believable(highest: int) -> int:
+    """The highest term that a peer believes which knows of none above `highest`."""
+    return max(TERM_FREE_MAX, min(highest + TERM_JUMP_MAX, TERM_MAX // 2))

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import zmq
@@ -44,7 +44,7 @@ class _Keys(msgspec.Struct, frozen=True):
 
 class _State(msgspec.Struct, frozen=True):
     term: Term
-    incarnation: int
+    incarnation: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
 def peer_id_of(key: str) -> str:
@@ -118,9 +118,12 @@ class Identity:
     def __repr__(self) -> str:
         return f"Identity({self.peer_id})"
 
-    def store_term(self, term: int) -> None:
-        """Keep the term across restarts; on disk when this returns. Raises OSError."""
-        if term > self.term:
+    def store_term(self, term: int, *, lower: bool = False) -> None:
+        """Keep the term across restarts; on disk when this returns. Raises OSError.
+
+        lower: also where a higher one is kept.
+        """
+        if term > self.term or (lower and term < self.term):
             self._write("state.json", _State(term, self.incarnation))
             self.term = term
 

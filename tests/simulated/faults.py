@@ -52,4 +52,5 @@ class Process:
     over: set[int] = field(default_factory=set)  # connections that ended; none begins twice
     backlog: list[tuple[Any, ...]] = field(default_factory=list)
     timer_at: float = math.inf
+    disk_free_at: float = 0.0
     lost_since_stop: list[str] = field(default_factory=list)

@@ -29,6 +29,7 @@ CHAOS_S = 12.0
 SETTLE_S = 22.0  # > dial_again_max_s, then a loss and an election; most houses need far less
 AFTERMATH_S = 4.5  # > silence_s: what happened last is noticed by then
 LONGER_S = 1.0
+FAR = e.TERM_FREE_MAX + 10**7  # a term that nobody believes who is not near it
 QUIET_S = 2.0  # nothing may change any more
 STORY_LINES = 80
 
@@ -54,11 +55,15 @@ class House:
         self.numbers = itertools.count(1)
         size = size or self.rng.choice((2, 2, 3, 3, 3, 3, 4, 4, 5, 7))
         self.peers = {name: Process(name) for name in self.rng.sample("abcdefghij", size)}
+        if self.rng.random() < 0.2:  # some were lied to before, and nobody else believes them
+            for process in self.peers.values():
+                process.stored_term = self.rng.choice((0, 0, 3, 10**6, FAR, FAR + 10, 2 * FAR))
         self.faults = Faults.draw(self.rng)
         self.blocked: set[tuple[str, str]] = set()
         self.chaos = True
         self.story: deque[tuple[Any, ...]] = deque(maxlen=STORY_LINES)
-        self.claims: dict[str, int] = {}  # highest term that each peer ever claimed
+        self.claims: defaultdict[str, set[int]] = defaultdict(set)  # all that each peer ever made
+        self.lowest: dict[tuple[str, int], int] = {}  # term that each run of a peer followed
         self.followed: defaultdict[str, tuple[int, str]] = defaultdict(lambda: (-1, ""))
         self.changes: list[tuple[str, str]] = []  # (peer, coordinator) since last cleared
 
@@ -86,8 +91,10 @@ class House:
         some = self.any_alive()
         before = some.election.coordinator
         was_followed = self.peers[before].election.followed
+        # Whom nobody else would believe gives way also to a newcomer: nothing else ends that.
+        was_followed &= some.election.term <= e.TERM_FREE_MAX
         joiner = self.peers["n"] = Process("n", stored_term=some.election.term)
-        joiner.stored_term += self.rng.choice((-joiner.stored_term, 0, 1, 40))
+        joiner.stored_term += self.rng.choice((-joiner.stored_term, 0, 1, 40, 10**6, FAR, 2 * FAR))
         others = [name for name in self.peers if name != "n"]
         self.start("n")
         self.settle("after a newcomer joined")
@@ -387,9 +394,12 @@ class House:
             case m.SendBeats() | e.Publish():
                 for member in process.membership.members:
                     self.beat(process, member)
-            case e.StoreTerm(term):
-                self.at(0.001 + self.rng.random() * 0.05, self.store, process, term,
-                        process.incarnation)  # fmt: skip
+            case e.StoreTerm(term, lower):
+                delay_s = 0.001 + self.rng.random() * 0.05
+                # One write at a time, in order, as the driver does.
+                process.disk_free_at = max(process.disk_free_at, self.now + delay_s)
+                wait_s = process.disk_free_at - self.now
+                self.at(wait_s, self.store, process, term, lower, process.incarnation)
             case e.Elected(coordinator, term):
                 self.elected(process, coordinator, term)
 
@@ -403,13 +413,13 @@ class House:
         for number in numbers:
             self.send(process, other, "reset", number)
 
-    def store(self, process: Process, term: int, incarnation: int) -> None:
+    def store(self, process: Process, term: int, lower: bool, incarnation: int) -> None:
         if not process.alive or process.incarnation != incarnation:
             return
         if self.disk_works:
-            process.stored_term = max(process.stored_term, term)
+            process.stored_term = term if lower else max(process.stored_term, term)
         if process.stopped:
-            self.at(0.1, self.store, process, term, incarnation)
+            self.at(0.1, self.store, process, term, False, incarnation)
         else:
             self.feed(process, e.Stored(term))
 
@@ -420,13 +430,15 @@ class House:
         self.tell(name, "follows", coordinator or "nobody", "in term", term)
         self.changes.append((name, coordinator))
         last_term, last = self.followed[name]
-        if term < last_term:
+        lowest = self.lowest.get((name, process.incarnation), term + 1)
+        if coordinator and term < last_term and (term >= lowest or last_term <= FAR - 10**7):
             self.fail(f"{name} went back from term {last_term} to {term}")
         if coordinator:
             if term == last_term and last not in ("", coordinator):
                 self.fail(f"{name} follows {last} and {coordinator} in one term, {term}")
             self.followed[name] = (term, coordinator)
+            self.lowest[name, process.incarnation] = min(lowest, term)
         if coordinator == name:
-            if term <= self.claims.get(name, -1) and (last_term, last) != (term, name):
-                self.fail(f"{name} claims term {term} twice or after {self.claims[name]}")
-            self.claims[name] = max(term, self.claims.get(name, -1))
+            if term in self.claims[name] and (last_term, last) != (term, name):
+                self.fail(f"{name} claims term {term} twice")
+            self.claims[name].add(term)

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 from peer.cluster.election import (
+    CHANGES_A_SECOND,
+    CHANGES_MAX,
+    TERM_FREE_MAX,
     TERM_JUMP_MAX,
     Beat,
+    Doubt,
     Elected,
     Election,
     PeerDown,
@@ -231,11 +235,66 @@ def test_a_coordinator_that_follows_somebody_else_is_left(voter: Voter) -> None:
     assert voter.follows == ("z", 7)
 
 
-@pytest.mark.parametrize("term", [TERM_MAX, TERM_JUMP_MAX + 1, 1 << 62])
+@pytest.mark.parametrize("term", [TERM_MAX, TERM_FREE_MAX + 1, 1 << 62])
 def test_one_message_cannot_use_up_the_terms(voter: Voter, term: int) -> None:
-    voter.feed(claim("z", term, True))
+    assert voter.feed(claim("z", term, True)) == [Doubt("z", "term far above all others")]
     assert voter.follows == ("", 0)
     assert leads(voter, followed=False) == 1
+
+
+def test_many_messages_cannot_use_up_the_terms(voter: Voter) -> None:
+    """Each a little higher than the last, as fast as they come, for ten minutes."""
+    seconds, term = 600, TERM_FREE_MAX
+    for _ in range(100 * seconds):
+        voter.now += 0.01
+        voter.feed(claim("z", term, True))
+        if voter.follows == ("z", term):
+            term += TERM_JUMP_MAX
+    years = (TERM_MAX // 2 - TERM_FREE_MAX) / ((term - TERM_FREE_MAX) / seconds) / (365 * 86400)
+    assert years > 3
+
+
+def test_a_claim_that_flickers_is_told_on_a_few_times_a_second(voter: Voter) -> None:
+    told = []
+    for number in range(1000):
+        voter.now += 0.001
+        told += voter.feed(Beat("z", 7, "z" if number % 2 else "", True))
+    assert sum(isinstance(action, Publish) for action in told) <= CHANGES_MAX + CHANGES_A_SECOND
+    voter.now += 1.0
+    voter.feed(claim("z", 7, True))  # what it says at last is heard
+    assert voter.follows == ("z", 7)
+
+
+@pytest.mark.parametrize("alone_s", [0.0, 60.0])
+@pytest.mark.parametrize("followed", [False, True])
+def test_who_was_lied_to_steps_down_to_those_who_cannot_believe_it(
+    alone_s: float, followed: bool
+) -> None:
+    far = Voter(term=TERM_FREE_MAX + 50_000)
+    far.until(alone_s)
+    far.feed(PeerUp("b"))
+    actions = far.feed(claim("b", 5, followed))
+    assert StoreTerm(5, lower=True) in actions
+    assert Elected("b", 5) in actions
+    assert StoreTerm(6) in far.feed(PeerDown("b"))  # and its own claims are near again
+    assert far.follows == ("m", 6)
+
+
+def test_nobody_steps_down_into_a_term_in_which_it_followed_somebody(voter: Voter) -> None:
+    voter.feed(claim("b", 5, True), claim("z", TERM_FREE_MAX, True))
+    voter.now += 10.0
+    far = TERM_FREE_MAX + TERM_JUMP_MAX
+    voter.feed(claim("z", far, True), PeerDown("z"), claim("b", 5, True))
+    assert voter.follows == ("", far)
+
+
+def test_those_behind_catch_up_with_a_claim_that_is_far_above_them(voter: Voter) -> None:
+    far = TERM_FREE_MAX + 5 * TERM_JUMP_MAX
+    for _ in range(6):
+        assert voter.follows == ("", 0)
+        voter.now += 0.2
+        voter.feed(claim("z", far, True))
+    assert voter.follows == ("z", far)
 
 
 def test_strangers_are_not_heard(voter: Voter) -> None:
