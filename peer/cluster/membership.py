@@ -17,6 +17,8 @@ from peer.planning.profile import PEERS_MAX
 DIALS_MAX = 8  # at once: a flood of sightings must not become a flood of connections
 ADDRESSES_MAX = 8  # tried for one peer, the newest
 DIAL_AGAIN_MIN_S = 0.25
+LIVED_S = 1.0  # a link that was shorter is no success: whoever hangs up at once is dialled less
+CROWDED_S = 60.0  # for people to read that somebody was turned away
 LATE_S = 0.25  # later than this, this process was not running; earlier is a busy machine
 
 # Events -------------------------------------------------------------------------------------------
@@ -136,6 +138,7 @@ class _Peer:
     since: float  # first sighting
     member: bool = False
     linked: bool = False
+    linked_since: float = -math.inf
     incarnation: int = -1
     heard: float = 0.0
     broken: float = math.inf  # link lost at; infinity while it stands
@@ -159,6 +162,7 @@ class Membership:
     _peers: dict[str, _Peer] = field(default_factory=dict, init=False)
     _beat_at: float = field(default=0.0, init=False)
     _lenient_until: float = field(default=-math.inf, init=False)
+    _turned_away: float = field(default=-math.inf, init=False)
     _deadline: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -176,17 +180,24 @@ class Membership:
 
     def addresses_of(self, peer_id: str) -> tuple[str, ...]:
         """Where the peer was seen, best first."""
-        peer = self._peers.get(peer_id)
-        return tuple(peer.addresses) if peer else ()
+        return tuple(self._peers[peer_id].addresses) if peer_id in self._peers else ()
 
     def incarnation_of(self, peer_id: str) -> int:
         """Of the peer's run that was linked last; -1 where none was."""
-        peer = self._peers.get(peer_id)
-        return peer.incarnation if peer else -1
+        return self._peers[peer_id].incarnation if peer_id in self._peers else -1
 
     def has_room(self, peer_id: str) -> bool:
         """Whether this peer may become a member, or is one."""
         return peer_id in self.members or len(self.members) < PEERS_MAX - 1
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a peer found no place a moment ago: there are more than may be."""
+        return self.now - self._turned_away < CROWDED_S
+
+    def turn_away(self) -> None:
+        """Note that a peer found no place."""
+        self._turned_away = self.now
 
     def step(self, event: Event, now: float) -> list[Action]:
         """Take one event, return what to do about it, in order."""
@@ -207,7 +218,7 @@ class Membership:
                 peer = self._peers.get(peer_id)
                 if peer is not None and peer.linked:
                     peer.linked, peer.broken, peer.why = False, now, why
-                    peer.tries, peer.dial_at = 0, now
+                    self._after_link(peer, 0.0)
             case Heard(peer_id):
                 if (peer := self._peers.get(peer_id)) is not None:
                     peer.heard = now
@@ -242,14 +253,13 @@ class Membership:
     # Sightings ------------------------------------------------------------------------------------
 
     def _see(self, seen: Seen) -> None:
-        if seen.peer_id == self.me:
+        if seen.peer_id == self.me or not seen.addresses:
             return
         peer = self._peers.get(seen.peer_id)
         if peer is None:
-            if len(self._peers) >= PEERS_MAX and not self._evict():
-                return  # it will be seen again
-            peer = _Peer(seen.key, [], self.now, dial_at=self.now)
-            self._peers[seen.peer_id] = peer
+            if len(self._peers) >= PEERS_MAX and self._evict() is None:
+                return self.turn_away()  # it will be seen again
+            peer = self._peers[seen.peer_id] = _Peer(seen.key, [], self.now, dial_at=self.now)
         new = [a for a in seen.addresses if a not in peer.addresses]
         if not new:
             return
@@ -260,17 +270,21 @@ class Membership:
         peer.dial_at = min(peer.dial_at, self.now + DIAL_AGAIN_MIN_S)
         peer.tries = min(peer.tries, 1)
 
-    def _evict(self) -> bool:
-        """Forget the peer that is least likely to be one. False where all may be."""
+    def _evict(self, *, proven: bool = False) -> list[Action] | None:
+        """Forget the peer that is least likely to be one, and say what ends with it.
+
+        None where all may be: a sighting displaces those that were dialled in vain or cannot be,
+        a proven link anybody who is no member.
+        """
         ghosts = [
-            (peer.incarnation < 0, peer.tries, -peer.since, peer_id)
+            (peer.incarnation < 0, not peer.addresses, peer.tries, -peer.since, peer_id)
             for peer_id, peer in self._peers.items()
-            if not peer.member and not peer.linked and not peer.dialling and peer.tries
+            if not (peer.member or peer.linked)
+            and (proven or (not peer.dialling and (peer.tries or not peer.addresses)))
         ]
-        if not ghosts:
-            return False
-        del self._peers[max(ghosts)[-1]]
-        return True
+        if (ghost := max(ghosts)[-1] if ghosts else "") == "":
+            return None
+        return [GiveUp(ghost)] if self._peers.pop(ghost).dialling else []
 
     # Links ----------------------------------------------------------------------------------------
 
@@ -278,8 +292,10 @@ class Membership:
         actions: list[Action] = []
         peer = self._peers.get(up.peer_id)
         if peer is None:
-            if len(self._peers) >= PEERS_MAX and not self._evict():
-                return [HangUp(up.peer_id)]
+            if len(self._peers) >= PEERS_MAX:
+                if (evicted := self._evict(proven=True)) is None:
+                    return [HangUp(up.peer_id)]
+                actions += evicted
             peer = self._peers[up.peer_id] = _Peer(up.key, [], self.now)
         if peer.member and up.incarnation < peer.incarnation:
             return []  # a hello of an earlier run, overtaken by its successor's
@@ -290,7 +306,9 @@ class Membership:
         merged = dict.fromkeys((*heard_of, *peer.addresses))
         peer.addresses = list(merged)[:ADDRESSES_MAX]
         peer.key, peer.incarnation = up.key, up.incarnation
-        peer.linked, peer.broken, peer.tries = True, math.inf, 0
+        if not peer.linked:
+            peer.linked_since = self.now
+        peer.linked, peer.broken = True, math.inf
         peer.heard = self.now
         if peer.dialling and up.dialled:
             peer.dialling_until = math.inf
@@ -299,11 +317,19 @@ class Membership:
             actions.append(Joined(up.peer_id))
         return actions
 
+    def _after_link(self, peer: _Peer, wait_s: float) -> None:
+        if self.now - peer.linked_since >= LIVED_S:
+            peer.tries, peer.dial_at = 0, self.now + wait_s
+        else:
+            self._wait(peer)
+
     def _fail(self, peer_id: str, refused: bool) -> None:
-        peer = self._peers.get(peer_id)
-        if peer is None:
-            return
-        peer.dialling_until = math.inf
+        if (peer := self._peers.get(peer_id)) is not None:
+            peer.dialling_until = math.inf
+            self._wait(peer, refused)
+
+    def _wait(self, peer: _Peer, refused: bool = False) -> None:
+        """Dial ever less often, the next address first."""
         peer.tries += 1
         if len(peer.addresses) > 1:
             peer.addresses.append(peer.addresses.pop(0))
@@ -318,9 +344,10 @@ class Membership:
         if peer is None or not (peer.member or peer.linked):
             return []
         was_member = peer.member
+        if peer.linked or self.now - peer.linked_since >= LIVED_S + self.timing.regret_s:
+            self._after_link(peer, DIAL_AGAIN_MIN_S)
         peer.member = peer.linked = False
         peer.broken = peer.dialling_until = math.inf
-        peer.tries, peer.dial_at = 0, self.now + DIAL_AGAIN_MIN_S
         return [HangUp(peer_id), *([Lost(peer_id, why)] if was_member else [])]
 
     # Time -----------------------------------------------------------------------------------------

@@ -216,6 +216,48 @@ def test_a_peer_seen_during_a_flood_is_dialled_in_the_end(two: Clocked) -> None:
     pytest.fail("ghosts kept a real peer out")
 
 
+def test_who_cannot_be_dialled_takes_no_place(alone: Clocked) -> None:
+    for number in range(2 * PEERS_MAX):
+        alone.feed(Seen(f"ghost {number}", "key", ()))
+    assert not alone.machine.crowded
+    assert isinstance(alone.feed(SEEN)[0], Dial)
+
+
+def test_a_proven_link_displaces_any_who_is_only_told_of(alone: Clocked) -> None:
+    for number in range(PEERS_MAX):
+        alone.feed(Seen(f"ghost {number}", "key", (f"tcp://10.1.0.1:{number + 1}",)))
+    assert not alone.machine.crowded
+    alone.feed(Seen("one more", "key", ("tcp://10.1.0.2:1",)))
+    assert alone.machine.crowded  # none was dialled in vain yet
+    for number in range(PEERS_MAX - 1):
+        actions = alone.feed(LinkUp(f"real {number}", "key", 1))
+        assert Joined(f"real {number}") in actions
+        assert not [action for action in actions if isinstance(action, HangUp)]
+    given_up = [dial for dial in alone.machine._peers.values() if dial.dialling]
+    assert len(given_up) <= 1
+    assert len(alone.machine._peers) == PEERS_MAX
+
+
+def test_a_member_that_left_and_cannot_be_dialled_makes_room(alone: Clocked) -> None:
+    for number in range(PEERS_MAX):
+        who = f"gone {number}"
+        alone.feed(LinkUp(who, "key", 1), Left(who, ""))
+    assert isinstance(alone.feed(SEEN)[0], Dial)
+
+
+@pytest.mark.parametrize("end", [LinkDown("b", "this link is over"), Left("b", "")])
+def test_who_hangs_up_at_once_is_dialled_ever_less_often(alone: Clocked, end: Any) -> None:
+    dials = sum(isinstance(action, Dial) for action in alone.feed(SEEN))
+    while alone.now < 60:
+        alone.feed(UP)
+        alone.now += 0.001
+        actions = alone.feed(end)
+        while not any(isinstance(action, Dial) for action in actions):
+            actions = alone.until(alone.machine.deadline)
+        dials += 1
+    assert dials < 15
+
+
 def test_forged_addresses_do_not_push_out_the_one_that_worked(two: Clocked) -> None:
     for number in range(1000):
         two.feed(Seen("b", "key of b", (f"tcp://10.6.6.6:{number + 1}",)), Heard("b"))
