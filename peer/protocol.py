@@ -311,8 +311,11 @@ _answering: msgspec.msgpack.Decoder[Answering] = msgspec.msgpack.Decoder(Answeri
 
 
 def encode(message: Message) -> bytes:
-    """A message's bytes."""
-    return _encoder.encode(message)
+    """A message's bytes. Raises ProtocolError where a value has none, such as an int of 65 bits."""
+    try:
+        return _encoder.encode(message)
+    except (msgspec.MsgspecError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise ProtocolError(f"a {type(message).__name__} cannot be encoded: {error}") from error
 
 
 def decode_control(data: bytes) -> Control:

@@ -47,13 +47,17 @@ class Discovery:
         self._doors: dict[str, asyncio.DatagramTransport] = {}
         self._door_problem = ""
         self._loopback = False
-        self.no_interface = ""  # set by whoever looks at the interfaces
 
     @property
     def problem(self) -> str:
         """What keeps peers from being found, for people; "" where nothing does."""
         mdns = self._mdns.problem if self._mdns is not None else ""
-        return "; ".join(text for text in (self.no_interface, mdns, self._door_problem) if text)
+        return "; ".join(text for text in (mdns, self._door_problem) if text)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every address that was given to `follow` is answered on."""
+        return not self._door_problem
 
     async def follow(self, hosts: Sequence[str], port: int) -> None:
         """Listen and announce on these addresses from now on. A failure is told in `problem`."""

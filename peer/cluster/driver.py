@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from peer import VERSION
-from peer.cluster import admission, interfaces, links
+from peer.cluster import admission, interfaces, links, refusals
 from peer.cluster import election as e
 from peer.cluster import membership as m
 from peer.cluster.asks import Asks
@@ -28,7 +27,7 @@ from peer.cluster.ports import free_port
 from peer.cluster.refusals import Refusal, Refusals
 from peer.cluster.transport import Transport
 from peer.config import Config
-from peer.errors import ConfigError
+from peer.errors import ConfigError, ProtocolError
 from peer.planning.profile import PEERS_MAX
 from peer.protocol import (
     PROTOCOL,
@@ -65,7 +64,7 @@ class Cluster:
         protocol: int = PROTOCOL,
     ) -> None:
         self.me = identity.peer_id
-        self.name = socket.gethostname()[:128] or self.me
+        self.name = interfaces.host_name() or self.me
         self.clock = clock
         self._config, self._identity, self._listener = config, identity, listener
         self._version, self._protocol = version, protocol
@@ -75,9 +74,9 @@ class Cluster:
         self._members: dict[str, Member] = {}
         self._links: dict[str, links.Linked] = {}
         self._refusals = Refusals()
-        self._memory = Memory(identity)
-        self._hosts: tuple[str, ...] = ()
-        self._tasks: asyncio.TaskGroup | None = None
+        self._memory = Memory(identity, self._kept)
+        self._hosts = interfaces.Hosts(config.interfaces)
+        self._not_listening = ""
         self._transport: Transport | None = None
         self.complaints = Complaints(clock)
         self._asks = Asks(self.send)
@@ -116,7 +115,10 @@ class Cluster:
     @property
     def problem(self) -> str:
         """What is wrong with discovery or storage, for people; "" where nothing is."""
-        return "; ".join(text for text in (self.discovery.problem, self._memory.problem) if text)
+        dials = self._transport.problem if self._transport is not None else ""
+        crowded = refusals.CROWDED if self._machines.membership.crowded else ""
+        told = (self._hosts.problem, self._not_listening, self.discovery.problem, dials, crowded)
+        return "; ".join(text for text in (*told, self._memory.problem) if text)
 
     @property
     def port(self) -> int:
@@ -126,7 +128,7 @@ class Cluster:
     @property
     def hosts(self) -> tuple[str, ...]:
         """This peer's addresses on home networks (or on loopback where there is none)."""
-        return self._hosts
+        return self._hosts.used
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -146,11 +148,18 @@ class Cluster:
         return link.key if link is not None else None
 
     def send(self, peer_id: str, message: Message) -> bool:
-        """Hand a message to the link with a member. False: no link, or its queue is full."""
+        """Hand a message to the link with a member.
+
+        False: there is no link, its queue is full, or no peer would accept the message (logged).
+        """
         assert peer_id != self.me, "a peer does not send messages to itself"
         if self._transport is None or peer_id not in self._members:
             return False
-        return self._transport.send(peer_id, message)
+        try:
+            return self._transport.send(peer_id, message)
+        except ProtocolError as error:
+            self.complaints.note(self.me, "own message that cannot be sent", str(error))
+            return False
 
     def broadcast(self, message: Message) -> None:
         """Send to every member that can be reached."""
@@ -161,12 +170,12 @@ class Cluster:
 
     async def start(self) -> None:
         """Listen. Raises ConfigError where the pinned port is taken."""
-        await self._look_at_interfaces()
+        await self._hosts.look()
         for left in reversed(range(START_TRIES)):
             try:
-                port = self._config.port or free_port(self._hosts)
+                port = self._config.port or free_port(self.hosts)
                 self._transport = self._new_transport()
-                self._transport.start(self._hosts, port)
+                self._transport.start(self.hosts, port)
                 break
             except OSError as error:
                 if self._transport is not None:
@@ -177,7 +186,7 @@ class Cluster:
                         f"cannot listen for other peers ({error.strerror}). End the program that "
                         "uses the port, or choose another one with the setting `port`"
                     ) from None
-        await self.discovery.follow(self._hosts, self.port)
+        await self.discovery.follow(self.hosts, self.port)
         log.info(
             "peer=%s name=%s cluster=%s listening=%s",
             self.me, self.name, self._config.cluster, ",".join(self.addresses),
@@ -195,7 +204,6 @@ class Cluster:
             assert self._transport is not None
             remembered = await self._memory.recall()
             async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
                 jobs = [tasks.create_task(self._transport.run())]
                 await self._transport.running.wait()
                 self._machines.begin(self._identity.term)  # listening begins here
@@ -209,7 +217,6 @@ class Cluster:
                 for job in jobs:
                     job.cancel()
         finally:
-            self._tasks = None
             for peer_id in tuple(self._members):
                 self._asks.lost(peer_id, "this peer is ending")
             self._free()
@@ -245,9 +252,10 @@ class Cluster:
                 self._lost(peer_id, why)
             case m.SendBeats() | e.Publish():
                 self.broadcast(self._beat())
-            case e.StoreTerm(term):
-                if self._tasks is not None:
-                    self._tasks.create_task(self._store(term))
+            case e.StoreTerm(term, lower):
+                self._memory.keep_term(term, lower=lower)
+            case e.Doubt(peer_id, what):
+                self.complaints.note(peer_id, what)
             case e.Elected(coordinator, term):
                 role = "coordinator" if coordinator == self.me else "member"
                 log.info("role=%s coordinator=%s term=%d", role, coordinator or "none", term)
@@ -272,15 +280,13 @@ class Cluster:
         self._gossip()
 
     def _lost(self, peer_id: str, why: str) -> None:
-        member = self._members.pop(peer_id)
-        count = len(self._members) + 1
-        log.info("lost=%s name=%s peers=%d because=%s", peer_id, member.name, count, why)
+        name, count = self._members.pop(peer_id).name, len(self._members) + 1
+        log.info("lost=%s name=%s peers=%d because=%s", peer_id, name, count, why)
         self._asks.lost(peer_id, why)
         self._machines.feed(e.PeerDown(peer_id))
         self._listener.lost(peer_id, why)
 
-    async def _store(self, term: int) -> None:
-        stored = await self._memory.store_term(term)
+    def _kept(self, term: int, stored: bool) -> None:
         self._machines.feed(e.Stored(term) if stored else e.StoreFailed(term))
 
     # From the transport ---------------------------------------------------------------------------
@@ -346,6 +352,7 @@ class Cluster:
     def _judge(self, hello: Hello | Welcome, key: str) -> Refused | None:
         refusal = admission.admit(hello, key, self._config, self._protocol)
         if refusal is None and not self._machines.membership.has_room(hello.peer_id):
+            self._machines.membership.turn_away()
             why = f"the cluster is full: it has {PEERS_MAX} peers"
             return Refused(code="admission", why=why, protocol=self._protocol)
         return refusal
@@ -384,17 +391,10 @@ class Cluster:
     async def _watch_interfaces(self) -> None:
         while True:
             await asyncio.sleep(LOOK_AGAIN_S)
-            if await self._look_at_interfaces() and self._transport is not None:
-                for problem in self._transport.listen(self._hosts):
-                    log.warning("listening=partly because=%s", problem)
-                await self.discovery.follow(self._hosts, self.port)
+            changed = await self._hosts.look()
+            assert self._transport is not None
+            if changed or self._not_listening or not self.discovery.complete:
+                self._not_listening = "; ".join(self._transport.listen(self.hosts))
+                await self.discovery.follow(self.hosts, self.port)
                 log.info("interfaces=changed listening=%s", ",".join(self.addresses))
             self._gossip()
-
-    async def _look_at_interfaces(self) -> bool:
-        """Whether the addresses to use have changed."""
-        wanted = self._config.interfaces
-        found = interfaces.choose(await asyncio.to_thread(interfaces.survey), wanted)
-        self.discovery.no_interface = interfaces.missing(found, wanted)
-        before, self._hosts = self._hosts, found or ("127.0.0.1",)
-        return self._hosts != before

@@ -7,12 +7,16 @@ would listen where nobody expects it. The setting `interfaces` (names or address
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
+
+log = logging.getLogger("halka.cluster")
 
 # Beginnings of names. "veth" is the host's end of a container's cable; inside it is called eth0.
 IGNORED = (
@@ -85,3 +89,31 @@ def missing(chosen: Iterable[str], wanted: Iterable[str]) -> str:
         "no home network found (no interface that is up has a private address); "
         "where this is wrong, name the interface in the setting `interfaces`"
     )
+
+
+def host_name() -> str:
+    """This machine's name, for people. The system may keep any bytes as one."""
+    return socket.gethostname().encode(errors="replace").decode()[:128]
+
+
+class Hosts:
+    """The addresses to use, as of the last look. wanted: the setting `interfaces`."""
+
+    def __init__(self, wanted: tuple[str, ...]) -> None:
+        self._wanted = wanted
+        self.used: tuple[str, ...] = ()
+        self.problem = ""  # for people
+
+    async def look(self) -> bool:
+        """Whether they have changed. Loopback stands in for none."""
+        try:
+            surveyed = await asyncio.to_thread(survey)
+        except OSError as error:  # no more descriptors
+            self.problem = f"this machine's interfaces cannot be looked at now ({error.strerror})"
+            log.warning("interfaces=unknown because=%s", self.problem)
+            found = self.used
+        else:
+            found = choose(surveyed, self._wanted)
+            self.problem = missing(found, self._wanted)
+        before, self.used = self.used, found or ("127.0.0.1",)
+        return self.used != before

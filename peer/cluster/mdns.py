@@ -105,8 +105,9 @@ class Mdns:
 
     def follow(self, hosts: Sequence[str]) -> None:
         """Use these addresses' interfaces from now on, and announce anew."""
-        self._hosts = tuple(hosts)
-        self._changed.set()
+        if self._hosts != tuple(hosts):
+            self._hosts = tuple(hosts)
+            self._changed.set()
 
     async def run(self) -> None:
         """Keep at it."""

@@ -5,9 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from peer.planning.profile import PEERS_MAX
+
 log = logging.getLogger("halka.cluster")
 
 REFUSALS_MAX = 32
+CROWDED = (
+    f"more peers are announced than a cluster may have ({PEERS_MAX}), so some wait or are refused; "
+    "give some of them another name in the setting `cluster`"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from peer.cluster.admission import may_connect
 from peer.protocol import MESSAGE_BYTES_MAX
 
 DOMAIN = b"halka"  # of ZAP; must be the same on the socket and in the handler's mind
-QUEUE_MESSAGES = 256  # for each link and direction; beyond it messages are dropped, not stored
+QUEUE_MESSAGES = 32  # for each link and direction: 8 MiB of chunks; more are dropped, not stored
 DIAL_EVENTS = (
     zmq.Event.HANDSHAKE_SUCCEEDED
     | zmq.Event.DISCONNECTED
@@ -57,15 +57,33 @@ def router(context: Context, secret: str) -> Any:
     return made
 
 
-def dealer(context: Context, pair: tuple[str, str], server_key: str) -> Any:
-    """A socket that dials one peer. pair: our public and secret key."""
-    made = _socket(context, zmq.DEALER)
+def dealer(context: Context, pair: tuple[str, str], server_key: str) -> tuple[Any, Any]:
+    """A socket that dials one peer, and its monitor. pair: our public and secret key.
+
+    Raises: OSError where there are no more descriptors.
+    """
+    try:
+        made = _socket(context, zmq.DEALER)
+    except zmq.ZMQError as error:
+        raise OSError(error.errno, error.strerror) from None
     made.setsockopt(zmq.ROUTING_ID, secrets.token_bytes(16))  # nobody can guess and take it
     made.setsockopt(zmq.RECONNECT_IVL, -1)  # membership decides when to dial again
     made.setsockopt(zmq.IMMEDIATE, 1)
     made.curve_serverkey = server_key.encode()
     made.curve_publickey, made.curve_secretkey = (key.encode() for key in pair)
-    return made
+    try:
+        return made, made.get_monitor_socket(DIAL_EVENTS)
+    except zmq.ZMQError as error:
+        made.close()
+        raise OSError(error.errno, error.strerror) from None
+
+
+def no_more(error: OSError) -> str:
+    """What people read where a dial could not begin."""
+    return (
+        f"other peers cannot be dialled now ({error.strerror}). It is tried again; if it lasts, "
+        "allow more open files: LimitNOFILE= in the service's unit, or ulimit -n"
+    )
 
 
 def bind(made: Any, host: str, port: int) -> tuple[str, int]:

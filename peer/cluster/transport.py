@@ -4,9 +4,6 @@ CURVE on every socket. Who a message is from is what the link's key proves (ZAP'
 what the message says. A link works both ways whoever dialled it, and however many connections
 there are to one peer they are one link: it is up while any of them is. What is malformed,
 oversized, early or from nobody is dropped, counted and said in the log, not too often.
-
-Multipart messages of more than the expected frames are dropped; libzmq
-holds a message whole before we see it, and bounds only its single frames.
 """
 
 from __future__ import annotations
@@ -21,9 +18,10 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from peer.cluster import addresses, sockets
+from peer.cluster import addresses, intake, sockets
 from peer.cluster.complaints import Complaints
 from peer.cluster.identity import peer_id_of
+from peer.cluster.intake import Intake
 from peer.cluster.links import Event, Linked, NotReached, Path, Received, Turned, Unlinked
 from peer.errors import ProtocolError
 from peer.protocol import (
@@ -35,13 +33,11 @@ from peer.protocol import (
     Message,
     Refused,
     Welcome,
-    decode_control,
     encode,
 )
 
 log = logging.getLogger("halka.cluster")
 
-YIELD_EVERY = 32  # messages; awaiting what is there already would never let others run
 INCOMING_MAX = 2  # connections from one peer that are kept; an older one was replaced
 FAREWELL_S = 0.1  # for a goodbye to leave; a peer that takes longer misses it and hears silence
 
@@ -68,7 +64,7 @@ class Transport:
         self._public, self._secret = public, secret
         self._listener, self._introduce, self._judge = tell, introduce, judge
         self._leaving = False
-        self._complaints = complaints
+        self._complaints, self._intake = complaints, Intake(complaints)
         self._context = zmq.asyncio.Context()
         self._router: Any = None
         self._bound: dict[str, str] = {}  # host → endpoint
@@ -79,6 +75,7 @@ class Transport:
         self._tasks: asyncio.TaskGroup | None = None
         self.port = 0
         self.running = asyncio.Event()  # dials are possible
+        self.problem = ""  # why the last dial could not even begin, for people
 
     # Life -----------------------------------------------------------------------------------------
 
@@ -143,11 +140,16 @@ class Transport:
         if self._leaving:
             return
         self.give_up(peer_id)
-        dealer = sockets.dealer(self._context, (self._public, self._secret), key)
+        try:
+            pair = sockets.dealer(self._context, (self._public, self._secret), key)
+        except OSError as error:
+            self.problem = sockets.no_more(error)
+            return self._tell(NotReached(peer_id, self.problem, False))
+        self.problem = ""
         host, _ = addresses.read(address)
-        path = Path(peer_id, key, str(host), dealer, dialled=address)
+        path = Path(peer_id, key, str(host), pair[0], dialled=address)
         self._dials[peer_id] = path
-        path.task = self._tasks.create_task(self._run_dial(path))
+        path.task = self._tasks.create_task(self._run_dial(path, pair[1]))
 
     def give_up(self, peer_id: str) -> None:
         """Close the dialled connection if it is not up yet."""
@@ -161,7 +163,10 @@ class Transport:
                 self._end(path)
 
     def send(self, peer_id: str, message: Message) -> bool:
-        """Hand a message to the link. False: there is none, or its queue is full."""
+        """Hand a message to the link. False: there is none, or its queue is full.
+
+        Raises: ProtocolError where no peer would accept it.
+        """
         data = encode(message)
         if len(data) > MESSAGE_BYTES_MAX:
             raise ProtocolError(f"a message of {len(data)} bytes is more than peers accept")
@@ -247,9 +252,8 @@ class Transport:
 
     # Dialled connections --------------------------------------------------------------------------
 
-    async def _run_dial(self, path: Path) -> None:
+    async def _run_dial(self, path: Path, monitor: Any) -> None:
         assert self._tasks is not None
-        monitor = path.socket.get_monitor_socket(sockets.DIAL_EVENTS)
         reader = self._tasks.create_task(self._read_dealer(path))
         try:
             path.socket.connect(path.dialled)
@@ -274,16 +278,14 @@ class Transport:
                 return sockets.ENDED[event]
 
     async def _read_dealer(self, path: Path) -> None:
-        count = 0
+        who = f"{path.peer_id}@{path.host}"
         while True:
-            frames = await path.socket.recv_multipart()
-            count += 1
-            if count % YIELD_EVERY == 0:
-                await asyncio.sleep(0)
-            message = self._decode(frames, path.peer_id, path.host)
+            frames = await path.socket.recv_multipart(copy=False)
+            began = intake.now()
+            message = self._intake.read(frames, who, agreed=path.up)
             if message is None:
-                continue
-            if path.up:
+                pass
+            elif path.up:
                 self._take(path, message)
             elif isinstance(message, Welcome):
                 self._welcomed(path, message)
@@ -291,7 +293,8 @@ class Transport:
                 self._tell(Turned(path.peer_id, path.host, message, by_us=False))
                 self._drop(path, message.why, refused=True)
             else:
-                self._complaints.note(f"{path.peer_id}@{path.host}", "message before welcome")
+                self._complaints.note(who, "message before welcome")
+            await self._intake.rest(began)
 
     def _welcomed(self, path: Path, welcome: Welcome) -> None:
         if (refusal := self._judge(welcome, path.key)) is None:
@@ -302,35 +305,35 @@ class Transport:
     # Connections of those who dialled us ----------------------------------------------------------
 
     async def _read_router(self) -> None:
-        count = 0
         while True:
             frames = await self._router.recv_multipart(copy=False)
-            count += 1
-            if count % YIELD_EVERY == 0:
-                await asyncio.sleep(0)
+            began = intake.now()
             origin = sockets.origin_of(frames[-1])
             if origin is None:
                 self._complaints.note("somebody", "message without a key")
-                continue
-            self._strangers.pop(origin.fd, None)
-            key, host, peer_id = origin.key, origin.host, peer_id_of(origin.key)
-            message = self._decode([frame.bytes for frame in frames[1:]], peer_id, host)
-            if message is None:
-                continue
-            path = self._incoming.get(frames[0].bytes)
-            if path is not None and path.key != key:
-                self._complaints.note(f"{peer_id}@{host}", "message on another peer's link")
-            elif self._leaving:
-                continue
-            elif isinstance(message, Hello):
-                new = Path(peer_id, key, host, self._router, "", frames[0].bytes, origin.fd)
-                self._greet(new, message)
-            elif path is not None:
-                self._take(path, message)
             else:
-                # It may take for a link what we forgot. Told so, it dials again.
-                self._say_over(Path(peer_id, key, host, self._router, "", frames[0].bytes))
-                self._complaints.note(f"{peer_id}@{host}", "message before hello")
+                self._strangers.pop(origin.fd, None)
+                self._sort(origin, frames[0].bytes, frames[1:])
+            await self._intake.rest(began)
+
+    def _sort(self, origin: sockets.Origin, routing_id: bytes, frames: Sequence[Any]) -> None:
+        peer_id = peer_id_of(origin.key)
+        who = f"{peer_id}@{origin.host}"
+        path = self._incoming.get(routing_id)
+        if path is not None and path.key != origin.key:
+            return self._complaints.note(who, "message on another peer's link")
+        message = self._intake.read(frames, who, agreed=path is not None)
+        if message is None or self._leaving:
+            return
+        here = Path(peer_id, origin.key, origin.host, self._router, "", routing_id, origin.fd)
+        if isinstance(message, Hello):
+            self._greet(here, message)
+        elif path is not None:
+            self._take(path, message)
+        else:
+            # It may take for a link what we forgot. Told so, it dials again.
+            self._say_over(here)
+            self._complaints.note(who, "message before hello")
 
     def _greet(self, path: Path, hello: Hello) -> None:
         refusal = self._judge(hello, path.key)
@@ -381,16 +384,6 @@ class Transport:
         return error is None or isinstance(error, zmq.Again)
 
     # Both -----------------------------------------------------------------------------------------
-
-    def _decode(self, frames: Sequence[bytes], peer_id: str, host: str) -> Control | None:
-        if len(frames) != 1:
-            self._complaints.note(f"{peer_id}@{host}", "message of several frames")
-            return None
-        try:
-            return decode_control(frames[0])
-        except ProtocolError as error:
-            self._complaints.note(f"{peer_id}@{host}", "malformed message", str(error))
-            return None
 
     def _take(self, path: Path, message: Control) -> None:
         if isinstance(message, Refused):

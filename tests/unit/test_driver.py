@@ -245,7 +245,7 @@ async def test_peers_on_one_machine_find_each_other_by_mdns(tmp_path: Path, unti
 async def test_a_term_that_cannot_be_stored_is_not_claimed(
     town: Town, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Identity, term: int) -> None:
+    def full(self: Identity, term: int, *, lower: bool = False) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
