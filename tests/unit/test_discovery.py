@@ -216,7 +216,7 @@ async def test_nothing_in_a_name_ends_the_search() -> None:
     names = [f"halka-{'a' * 16}._HALKA._tcp.local.", f"HALKA-{'A' * 16}._halka._TCP.LOCAL."]
     for name in names:
         shouting._on_change(None, mdns.TYPE, name, mdns.ServiceStateChange.Added)  # type: ignore[arg-type]
-    while shouting._names.qsize():
+    while shouting._names.qsize() and not looking.done():
         await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert not looking.done()

@@ -219,6 +219,7 @@ def test_a_peer_seen_during_a_flood_is_dialled_in_the_end(two: Clocked) -> None:
 def test_who_cannot_be_dialled_takes_no_place(alone: Clocked) -> None:
     for number in range(2 * PEERS_MAX):
         alone.feed(Seen(f"ghost {number}", "key", ()))
+    assert not alone.machine._peers
     assert not alone.machine.crowded
     assert isinstance(alone.feed(SEEN)[0], Dial)
 
