@@ -242,7 +242,9 @@ def test_a_proven_link_displaces_any_who_is_only_told_of(alone: Clocked) -> None
 def test_a_member_that_left_and_cannot_be_dialled_makes_room(alone: Clocked) -> None:
     for number in range(PEERS_MAX):
         who = f"gone {number}"
-        alone.feed(LinkUp(who, "key", 1), Left(who, ""))
+        alone.feed(LinkUp(who, "key", 1))
+        alone.now += 2.0
+        alone.feed(Left(who, ""))
     assert isinstance(alone.feed(SEEN)[0], Dial)
 
 
