@@ -25,6 +25,7 @@ from peer.clockwork import Retries
 from peer.cluster.identity import Identity
 from peer.config import Config
 from peer.errors import ConfigError, HalkaError, ModelError
+from peer.logs import harmless
 from peer.models.store import Store, Stored
 from peer.planning import survey
 from peer.planning.profile import ModelOffer, ModelShape
@@ -64,6 +65,8 @@ def _log_to(descriptor: int, level: str) -> None:
     journal = "JOURNAL_STREAM" in os.environ
     form = "%(name)s %(message)s" if journal else "%(asctime)s %(levelname)s %(name)s %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form)
+    for handler in logging.getLogger().handlers:
+        harmless(handler)
     logging.getLogger("halka").setLevel(level.upper())
 
 

@@ -181,7 +181,7 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
             "run the installer again, or: pip install 'halka[llama]'",
         )
     if agent.cluster.problem:
-        yield Problem(agent.cluster.problem, "set `peers` in config.toml if others are not found")
+        yield Problem(agent.cluster.problem, "")  # it says itself what mends it
     if shown is None:
         why = agent.serving.why_not()
         yield Problem(why, "halka pull smollm2" if "no model" in why else "halka status --watch")
