@@ -162,6 +162,8 @@ class Entry:
                     sent = asyncio.ensure_future(head.socket.send(encode(message), zmq.NOBLOCK))
                     if sent.done() and (error := sent.exception()):
                         log.warning("sent=no to=head plan=%s because=%s", message.plan, error)
+                        why = "the head of the ring is out of reach or far behind"
+                        self._take(message.request, PlanLost(message.plan, why))
             case Give() | Fail():
                 if answer.queue.qsize() == _READ_AHEAD:
                     self._take(answer.machine.request, ClientGone())
