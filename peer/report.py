@@ -184,7 +184,10 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
         yield Problem(agent.cluster.problem, "")  # it says itself what mends it
     if shown is None:
         why = agent.serving.why_not()
-        yield Problem(why, "halka pull smollm2" if "no model" in why else "halka status --watch")
+        if why.startswith("no model yet"):
+            yield Problem("nothing is served: there is no model yet", "halka pull smollm2")
+        else:
+            yield Problem(why, "halka status --watch")
     elif agent.duty.serving() is None:
         yield Problem(f"{shown.plan.shape.model} is not served yet", "halka status --watch")
     elif agent.duty.why_none:

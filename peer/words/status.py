@@ -88,8 +88,9 @@ def _heading(status: Status, screen: Screen) -> list[str]:
 def _model(status: Status, screen: Screen) -> list[str]:
     model = status.model
     if not model.id:
-        out = screen.wrap("none yet" + (f": {model.why}" if model.why else ""), "Model    ")
-        if not model.why or "no model" in model.why:
+        without = not model.why or model.why.startswith("no model yet")
+        out = screen.wrap("none yet" if without else f"none yet: {model.why}", "Model    ")
+        if without:
             out.append("         get one: " + screen.paint("halka pull smollm2", "bold"))
         return [*out, ""]
     dot = screen.pick(" · ", ", ")
