@@ -61,11 +61,6 @@ class Config:
     timing: Timing = Timing()
 
     @classmethod
-    def lan(cls, **changes: Any) -> Config:
-        """A home network: the defaults."""
-        return replace(cls(), **changes)
-
-    @classmethod
     def loopback(cls, **changes: Any) -> Config:
         """Several peers on one machine that nothing outside it can see."""
         return replace(cls(interfaces=("127.0.0.1",), http_port=0), **changes)

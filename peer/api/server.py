@@ -21,7 +21,7 @@ from peer.api.openai import OpenAI
 from peer.api.service import Service
 from peer.api.shapes import Problem, json_response, problem_of
 from peer.api.sse import EVENTS
-from peer.errors import ConfigError, HalkaError, NoPlan
+from peer.errors import ConfigError, HalkaError
 
 log = logging.getLogger("halka.api")
 
@@ -141,11 +141,7 @@ class Server:
         return _plain(self._service.status())
 
     async def _plan(self, request: web.Request) -> web.Response:
-        plan = self._service.plan()
-        if plan is None:
-            whys = [model.why for model in self._service.models() if model.why]
-            raise NoPlan(". ".join(["there is no plan yet", *whys]))
-        return _plain(plan)
+        return _plain(self._service.plan())  # null where there is none: status says why
 
 
 def _plain(value: Any, status: int = 200) -> web.Response:

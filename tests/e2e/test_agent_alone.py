@@ -48,6 +48,10 @@ def test_an_agents_life_as_its_user_sees_it(house: House) -> None:
     assert shown.returncode == 4
     assert "halka is degraded" in shown.stdout
     assert "halka pull smollm2" in shown.stdout
+    shown = agent.word("plan")
+    assert shown.returncode == 4
+    assert "no model yet" in shown.stdout
+    assert agent.word("plan", "--json").stdout.strip() == "null"
     code, body = agent.post("/v1/chat/completions", chat("hi", 5))
     assert code == 503
     assert "halka pull" in body["error"]["message"]

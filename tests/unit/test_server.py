@@ -348,9 +348,7 @@ async def test_health_status_plan_and_the_root_say_how_things_are() -> None:
         service.served = [ServedModel(MODEL, 0, CONTEXT, False, "oak is missing")]
         service.the_plan = None
         assert await get("/health") == (503, {"status": "degraded", "why": "oak is missing"})
-        status, body = await get("/halka/plan")
-        assert status == 503
-        assert "oak is missing" in body["error"]["message"]
+        assert await get("/halka/plan") == (200, None)  # as `halka plan` expects it
 
 
 async def test_a_taken_port_is_a_setting_to_mend() -> None:
