@@ -23,6 +23,7 @@ from peer.planning.profile import (
     Name,
     PeerId,
     Profile,
+    Seconds,
     Why,
 )
 
@@ -127,6 +128,9 @@ class Plans(Message, frozen=True, tag="plans"):
     term: Term
     states: Annotated[tuple[PlanState, ...], msgspec.Meta(max_length=8)]
     why_none: Why = ""  # what is missing, while the model that is wanted cannot be served
+    measure: Annotated[
+        tuple[Digest, ...], msgspec.Meta(max_length=8)
+    ] = ()  # whose speeds are wanted
 
 
 class Report(Message, frozen=True, tag="report"):
@@ -144,6 +148,36 @@ class Report(Message, frozen=True, tag="report"):
     compute_bytes: Bytes = 0
     active: Count = 0  # answers running or waiting (head)
     why: Why = ""
+    timed: Timed | None = None
+
+
+class Timed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What steps really took lately, as medians; 0: none were seen.
+
+    decode_s: seconds that this stage computed for a step of one row. prefill_s: for each row of
+    longer steps. tpot_s: from step to step of one answer alone, on the head, all stages and hops.
+    """
+
+    decode_s: Seconds = 0.0
+    prefill_s: Seconds = 0.0
+    tpot_s: Seconds = 0.0
+
+
+# Links: any peer asks any peer, when neither computes --------------------------------------------
+
+
+class Probe(Message, frozen=True, tag="probe"):
+    """Please answer at once. padding: bytes that only take time on the way."""
+
+    request: Count
+    padding: Annotated[bytes, msgspec.Meta(max_length=CHUNK_BYTES_MAX)] = b""
+
+
+class Probed(Message, frozen=True, tag="probed"):
+    """The answer to a Probe. busy: this peer computes now, and wants to be asked later."""
+
+    request: Count
+    busy: bool = False
 
 
 # Models: any peer asks any peer ----------------------------------------------------------------
@@ -295,11 +329,12 @@ class StageNews(Message, frozen=True, tag="news"):
     tokens: int = 0
     dropped: int = 0  # frames refused: stale, replayed, malformed
     why: str = ""
+    timed: Timed | None = None
 
 
 Control = (
     Hello | Welcome | Refused | Goodbye | Heartbeat | Gossip | Announce | Plans | Report
-    | ManifestWanted | ManifestHere | ChunkWanted | ChunkHere | NotHere
+    | ManifestWanted | ManifestHere | ChunkWanted | ChunkHere | NotHere | Probe | Probed
 )  # fmt: skip
 Answering = Submit | Cancel | Tokens | Unanswered
 Pipe = StageOrder | StageConnect | StageAdmit | StageStop | StageNews

@@ -14,6 +14,7 @@ from peer.planning.profile import (
     ModelShape,
     Name,
     PeerId,
+    Seconds,
     Value,
     Why,
     is_key,
@@ -42,6 +43,7 @@ class PlanWindow(Value, frozen=True):
     backend: Name = "llama_cpp"
     memory_bytes: Bytes = 0  # predicted: weights and KV
     gpu_layers: int = -1
+    streamed_bytes: Bytes = 0  # weights of it that do not stay in memory from token to token
 
 
 class LeftOut(Value, frozen=True):
@@ -61,6 +63,40 @@ class Split(Value, frozen=True):
     batch_tokens: Count
     left_out: Annotated[tuple[LeftOut, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
     why: Why = ""
+
+
+class PeerForecast(Value, frozen=True):
+    """What a peer's part in a split is expected to take.
+
+    decode_s: computing, for each token. prefill_s: computing, for a chunk of `batch_tokens`.
+    disk_s: waiting for the disk, for each token, beyond what is hidden behind the others' work.
+    memory_bytes: of the machine; gpu_bytes: of its GPU (where unified, part of the former).
+    measured: from a measured speed; otherwise from what is usual for its kind of processor.
+    """
+
+    peer_id: PeerId
+    decode_s: Seconds
+    prefill_s: Seconds
+    disk_s: Seconds
+    memory_bytes: Bytes
+    gpu_bytes: Bytes
+    streamed_bytes: Bytes  # read from disk again for each token
+    measured: bool
+
+
+class Forecast(Value, frozen=True):
+    """What a split is expected to do. ttft_s: for a prompt of `prompt_tokens`.
+
+    stage_s: of the slowest stage or link for each token: with enough answers at once, the time
+    between tokens of all of them together.
+    """
+
+    tpot_s: Seconds
+    ttft_s: Seconds
+    prompt_tokens: Count
+    hops_s: Seconds  # of tpot_s, what the links take
+    stage_s: Seconds
+    peers: Annotated[tuple[PeerForecast, ...], msgspec.Meta(max_length=PEERS_MAX)]
 
 
 class Plan(Value, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -14,9 +14,13 @@ Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 Layer = Annotated[int, msgspec.Meta(ge=0, le=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1e15)]  # bytes a second; 0: not measured
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 PEERS_MAX = 64
 LAYERS_MAX = 4096
+KINDS_MAX = 8  # kinds of layers of one model that are told apart; the rest count as the last one
+SPEEDS_MAX = 32  # models times engines; the newest are kept
 
 
 _Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
@@ -48,8 +52,44 @@ class EngineProfile(Value, frozen=True):
     memory_total_bytes: Bytes = 0
 
 
+class Speed(Value, frozen=True):
+    """How fast one engine of a peer runs one model's layers, measured on a random copy of them.
+
+    decode_s, prefill_s: one entry for each of the shape's kinds of layers: seconds for one token,
+    and for a chunk of `prefill_tokens`, with an empty KV cache and a core that nobody throttles.
+    window_s: what a step costs around a window's layers. output_s: one row through the output head
+    and the samplers. correction: what stages really took, as a multiple of all these.
+    """
+
+    digest: Digest
+    backend: Name
+    kind: Name  # of the processor, as in EngineProfile
+    threads: Count
+    decode_s: Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=KINDS_MAX)]
+    prefill_s: Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=KINDS_MAX)]
+    prefill_tokens: Count
+    window_s: Seconds = 0.0
+    output_s: Seconds = 0.0
+    correction: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 1.0
+
+
+class Link(Value, frozen=True):
+    """The way from this peer to another one, measured between their agents.
+
+    rtt_s: the shortest round trip of a small message. bytes_per_s: of a large one; 0: unknown.
+    """
+
+    peer_id: PeerId
+    rtt_s: Seconds
+    bytes_per_s: Rate = 0.0
+
+
 class Profile(Value, frozen=True):
-    """What a peer can do. Sent to every peer at joining and whenever it changes."""
+    """What a peer can do. Sent to every peer at joining and whenever it changes.
+
+    cpu_share: processor time that the control groups allow, of what `threads` of a stage could
+    use: 0.5 where two threads may use one core's time. speeds: of the models measured so far.
+    """
 
     peer_id: PeerId
     name: Name  # the host's name, for people
@@ -62,12 +102,28 @@ class Profile(Value, frozen=True):
     spread_all: bool = False  # HALKA_SPREAD=all on this peer
     context_wanted: Count = 0  # HALKA_CONTEXT on this peer, 0: none
     model_wanted: Annotated[str, msgspec.Meta(max_length=128)] = ""  # the setting `model`
+    objective: Literal["latency", "throughput"] = "latency"  # the setting, as the others
+    unified_memory: bool = False  # its GPU uses the machine's memory
+    threads: Count = 0  # of a stage; 0: not told
+    cpu_share: Share = 1.0
+    disk_read_bytes_per_s: Rate = 0.0  # of the disk that holds the models
+    speeds: Annotated[tuple[Speed, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
+    links: Annotated[tuple[Link, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
+
+    def speed(self, digest: str, backend: str, kind: str) -> Speed | None:
+        """What was measured of a model on an engine, None where nothing was."""
+        wanted = (digest, backend, kind)
+        found = (s for s in self.speeds if (s.digest, s.backend, s.kind) == wanted)
+        return next(found, None)
 
 
 class ModelShape(Value, frozen=True):
     """What a planner must know of a model, from its header alone.
 
     layer_bytes, layer_kv_bytes: one entry a layer (weights; KV cache of one token).
+    layer_active_bytes: what one token reads of them (of experts only those that it uses).
+    layer_kinds: which layers are alike: numbers from 0 in order of appearance, a kind for each set
+    of tensor shapes and types. Both () where unknown: all active, all alike.
     cut_starts, cut_groups, whole_why: see `backends.base.Cuts`.
     """
 
@@ -89,6 +145,22 @@ class ModelShape(Value, frozen=True):
         msgspec.Meta(max_length=8),
     ] = ()
     whole_why: Why = ""
+    layer_active_bytes: Annotated[tuple[Bytes, ...], msgspec.Meta(max_length=LAYERS_MAX)] = ()
+    layer_kinds: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, lt=KINDS_MAX)], ...],
+        msgspec.Meta(max_length=LAYERS_MAX),
+    ] = ()
+    vocabulary: Count = 0  # tokens it knows; 0: not told
+
+    @property
+    def active_bytes(self) -> tuple[int, ...]:
+        """What one token reads of each layer's weights."""
+        return self.layer_active_bytes or self.layer_bytes
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The kind of each layer."""
+        return self.layer_kinds or (0,) * self.layers
 
     def refusal(self, first: int, last: int) -> str:
         """Why the window [first, last) is forbidden, or "" when it is allowed."""

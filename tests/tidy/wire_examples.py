@@ -10,7 +10,7 @@ import msgspec
 
 from peer import protocol as p
 from peer.planning.plan import LeftOut, Plan, PlanId, PlanState, PlanWindow, Split, StageLink
-from peer.planning.profile import EngineProfile, ModelOffer, ModelShape, Profile
+from peer.planning.profile import EngineProfile, Link, ModelOffer, ModelShape, Profile, Speed
 from peer.ring import frames as f
 
 ADA, BOB = "abcdefghijklmnop", "qrstuvwxyz234567"
@@ -46,6 +46,30 @@ PROFILE = Profile(
                            memory_free_bytes=11 << 30, memory_total_bytes=16 << 30),),
     spread_all=True, context_wanted=4096, model_wanted="smollm2-135m-instruct-q4_1",
 )  # fmt: skip
+MEASURED_SHAPE = msgspec.structs.replace(
+    SHAPE, layer_active_bytes=(10, 5, 30), layer_kinds=(0, 1, 0), vocabulary=49152
+)
+MEASURED_PROFILE = msgspec.structs.replace(
+    PROFILE, objective="throughput", unified_memory=True, threads=4, cpu_share=0.5,
+    disk_read_bytes_per_s=2e9,
+    speeds=(
+        Speed(digest=DIGEST, backend="llama_cpp", kind="cpu", threads=4, decode_s=(1e-3, 2e-3),
+              prefill_s=(0.25, 0.5), prefill_tokens=512, window_s=1e-4, output_s=2e-4,
+              correction=1.5),
+    ),
+    links=(Link(peer_id=BOB, rtt_s=5e-4, bytes_per_s=1.25e8),),
+)  # fmt: skip
+STREAMED = PlanState(
+    plan=Plan(
+        id=PLAN, coordinator=ADA, shape=MEASURED_SHAPE,
+        split=Split(
+            windows=(PlanWindow(peer_id=ADA, first=0, last=3, streamed_bytes=40),),
+            context=1, kv_cells=1, slots=1, batch_tokens=1,
+        ),
+    ),
+    phase="loading",
+)  # fmt: skip
+TIMED = p.Timed(decode_s=1e-3, prefill_s=1e-4, tpot_s=2e-3)
 SAMPLING = p.Sampling(
     temperature=0.5, top_k=50, top_p=0.75, min_p=0.25, repeat_penalty=1.25, repeat_last_n=32,
     frequency_penalty=0.5, presence_penalty=-0.5, logit_bias=((7, -1.5),), seed=42,
@@ -76,6 +100,14 @@ CONTROL: list[p.Control] = [
     p.ChunkWanted(request=2, digest=DIGEST, part="layer-001", offset=65536, length=1024),
     p.ChunkHere(request=2, data=b"\x00\x01\xff"),
     p.NotHere(request=3, why="evicted"),
+    p.Announce(
+        profile=MEASURED_PROFILE,
+        models=(ModelOffer(shape=MEASURED_SHAPE, pulled_s=1.5e9, parts=("head",)),),
+    ),
+    p.Plans(term=7, states=(STREAMED,), measure=(DIGEST,)),
+    p.Report(plan=PLAN, phase="linked", timed=TIMED),
+    p.Probe(request=4, padding=b"\x00\x01"),
+    p.Probed(request=4, busy=True),
 ]  # fmt: skip
 
 ANSWERING: list[p.Answering] = [
@@ -94,6 +126,7 @@ PIPE: list[p.Pipe] = [
     p.StageStop(),
     p.StageNews(phase="linked", ring_port=1, submit_port=2, key=KEY, weights_bytes=3, kv_bytes=4,
                 compute_bytes=5, active=6, steps=7, tokens=8, dropped=9, why="said"),
+    p.StageNews(phase="linked", timed=TIMED),
 ]  # fmt: skip
 
 FAULTS = (f.Fault(slot=1, peer_id=BOB),)
