@@ -54,6 +54,11 @@ def read(message: msgspec.Struct, text: str) -> Any:
     return msgspec.msgpack.decode(data, type=FrameHeader | Sampled)
 
 
+def plain(message: msgspec.Struct, text: str) -> Any:
+    """What any decoder makes of it."""
+    return json.loads(text) if message in PIPE else msgspec.msgpack.decode(bytes.fromhex(text))
+
+
 def golden(message: msgspec.Struct) -> Path:
     """Its golden file."""
     return GOLDEN / f"{kind(message)}.{'json' if message in PIPE else 'hex'}"
@@ -102,8 +107,10 @@ def test_bytes_of_the_first_version_mean_what_they_meant(
 
 @each
 def test_the_first_version_can_read_what_is_written_today(message: msgspec.Struct) -> None:
-    """Byte for byte, as long as only what it knew is set."""
-    assert write(message) == golden(message).read_text()
+    """Field for field, as long as only what it knew is set. Not byte for byte: msgpack has several
+    ways to say how many fields follow, and a Struct of more than 15 that may be left out takes the
+    longer one."""
+    assert plain(message, write(message)) == plain(message, golden(message).read_text())
 
 
 @each
