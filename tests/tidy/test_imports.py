@@ -25,10 +25,11 @@ PURE = {
     "peer.cluster.membership", "peer.cluster.election",
     "peer.planning.plan", "peer.planning.split", "peer.planning.cuts", "peer.planning.rollout",
     "peer.planning.choice", "peer.planning.making", "peer.planning.failures",
-    "peer.planning.running", "peer.planning.duty",
+    "peer.planning.running", "peer.planning.duty", "peer.planning.costs",
+    "peer.planning.tables",
     "peer.ring.scheduler", "peer.ring.generation",
 }  # fmt: skip
-PURE_LATER = {"peer.planning.costs", "peer.planning.halda", "peer.ring.speculation"}
+PURE_LATER = {"peer.planning.halda", "peer.ring.speculation"}
 IMPURE_LIBRARIES = {
     "asyncio", "time", "socket", "os", "logging", "zmq", "zeroconf", "aiohttp", "backends",
     "threading", "subprocess", "psutil",

@@ -1,0 +1,395 @@
+"""What a split takes: seconds and bytes, from profiles and a model's shape. Pure.
+
+Decoding reads every active weight once for a token, so a layer's time is what was measured for its
+kind, and grows with the KV cache that is read beside it. One token visits the windows one after
+another: TPOT is the sum of all windows and hops, and of the disk time that nothing hides.
+
+Streaming. A peer that holds less than it needs reads X bytes again for each token, at the disk's
+speed: D = X / speed. With one round the memory is full of what was used last when its turn comes,
+so all of D is waited for. With k rounds it can keep a buffer of F bytes for the window that comes
+next and fill it while the others compute: k F bytes are then read for a token, F fewer stay
+resident. The best F that the free time T - busy - E allows leaves
+E = max(0, k D - (k - 1) (T - busy)), and the buffer cannot be larger than what the peer has room
+for. T, the time of a token, stands on both sides: `token_s` finds the least one. (halka's own: the
+paper lets nothing overlap, so its objective can never prefer k > 1; arXiv:2504.08791, section 3.2.)
+
+Throttling. A control group that allows a share of the processor's time does not slow a short turn
+down, but T cannot be less than the turn divided by the share.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peer.planning.plan import Forecast, PeerForecast, Split
+from peer.planning.profile import Link, ModelShape, Profile, Speed
+
+FILL_TOKENS = 256  # of the KV cache that a decode step reads: in the middle of a short answer
+PROMPT_TOKENS = 512  # of the prompt whose TTFT is told
+HOP_S = 2e-4  # of the two stages' Python and ZeroMQ around a frame, beyond the wire
+RTT_S = 1e-3  # of a link that was not measured: Ethernet and a switch
+BYTES_PER_S = 6e7  # of such a link: half a Gbit/s
+GPU_HEADROOM_BYTES = 512 << 20  # a driver's own, and the desktop's next window
+OWN_MEMORY = ("cuda", "rocm", "hip", "vulkan")  # kinds of GPUs that do not use the machine's
+
+# What is usual for a processor that was not measured: bytes of weights read a second when decoding,
+# and operations a second in prefill. Low on purpose: a measured peer is to be preferred.
+USUAL_BYTES_PER_S = {"cpu": 8e9, "metal": 6e10, "cuda": 2e11, "rocm": 1.5e11, "vulkan": 1e11}
+USUAL_OPERATIONS_PER_S = {"cpu": 4e10, "metal": 1.5e12, "cuda": 8e12, "rocm": 5e12, "vulkan": 3e12}
+_WEIGHTS_PER_BYTE = 1.7  # of about 4.7 bits each, as most models at home
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is kept for answers, in tokens; batch_tokens: rows of a prefill chunk."""
+
+    context: int
+    kv_cells: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pace:
+    """One processor's seconds for one model. decode_s, prefill_s: [layers], for a token (beside a
+    KV cache of FILL_TOKENS) and for a chunk; output_s: the tail's, for a token."""
+
+    decode_s: Floats
+    prefill_s: Floats
+    window_s: float
+    output_s: float
+    measured: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Able:
+    """What a peer that could take part has. ram_bytes: of the machine, for its stage; gpu: None
+    where there is none, gpu_bytes what it may hold (unified: out of ram_bytes)."""
+
+    profile: Profile
+    backend: str
+    cpu: Pace
+    gpu: Pace | None
+    ram_bytes: int
+    gpu_bytes: int
+    unified: bool
+
+    @property
+    def peer_id(self) -> str:
+        """Of the profile."""
+        return self.profile.peer_id
+
+    @property
+    def disk_bytes_per_s(self) -> float:
+        """Of its profile; 0: it cannot stream."""
+        return self.profile.disk_read_bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """All that a solver needs. hop_s, chunk_s, close_s: [peers, peers], from row to column: the
+    hidden state of a token, of a prefill chunk, and the sampled ids from tail to head."""
+
+    shape: ModelShape
+    size: Size
+    peers: tuple[Able, ...]
+    hop_s: Floats
+    chunk_s: Floats
+    close_s: Floats
+    compute_bytes: int  # of each window, wherever it runs
+    logits_bytes: int  # of the tail
+
+    @property
+    def tail_bytes(self) -> int:
+        """What the last window needs besides its layers, where it is not the first as well."""
+        shape = self.shape
+        return self.logits_bytes + shape.output_bytes + (shape.embed_bytes if shape.tied else 0)
+
+
+def problem(profiles: Sequence[Profile], shape: ModelShape, size: Size) -> Problem:
+    """What these peers could do with the model. Profiles without an engine are passed over."""
+    peers = tuple(_able(p, shape, size) for p in profiles if p.engines)
+    bytes_hop, bytes_chunk = 4 * shape.hidden, 4 * shape.hidden * size.batch_tokens
+    links = [[_link(a.profile, b.profile) for b in peers] for a in peers]
+
+    def matrix(carried: int) -> Floats:
+        rows = [[0.0 if a is b else way(links[i][j], carried) for j, b in enumerate(peers)]
+                for i, a in enumerate(peers)]  # fmt: skip
+        return np.array(rows, np.float64).reshape(len(peers), len(peers))
+
+    return Problem(
+        shape, size, peers, matrix(bytes_hop), matrix(bytes_chunk), matrix(0),
+        compute_bytes(shape, size), logits_bytes(shape, size),
+    )  # fmt: skip
+
+
+def compute_bytes(shape: ModelShape, size: Size) -> int:
+    """An engine's scratch memory for one step, generously: activations and mask."""
+    return 4 * size.batch_tokens * (16 * shape.hidden + size.kv_cells)
+
+
+def logits_bytes(shape: ModelShape, size: Size) -> int:
+    """What the tail needs besides: a row of logits for each row of the batch.
+
+    A shape that does not tell its vocabulary: a quantised row of the embedding has about as many
+    bytes as it has columns, which gives its number of rows.
+    """
+    told = max(shape.embed_bytes, shape.output_bytes) // max(1, shape.hidden)
+    return 4 * size.batch_tokens * (shape.vocabulary or told)
+
+
+# Links -----------------------------------------------------------------------------------------
+
+
+def _link(a: Profile, b: Profile) -> Link:
+    """The way from one peer to another, as either of them measured it."""
+    there = next((link for link in a.links if link.peer_id == b.peer_id), None)
+    back = next((link for link in b.links if link.peer_id == a.peer_id), None)
+    if there is None:
+        return Link(b.peer_id, back.rtt_s, back.bytes_per_s) if back else Link(b.peer_id, RTT_S)
+    rtt_s = min(there.rtt_s, back.rtt_s) if back else there.rtt_s
+    return Link(b.peer_id, rtt_s, there.bytes_per_s or (back.bytes_per_s if back else 0.0))
+
+
+def way(link: Link, carried_bytes: int) -> float:
+    """Seconds for so many bytes from stage to stage."""
+    return HOP_S + link.rtt_s / 2 + carried_bytes / (link.bytes_per_s or BYTES_PER_S)
+
+
+# Processors ------------------------------------------------------------------------------------
+
+
+def _able(profile: Profile, shape: ModelShape, size: Size) -> Able:
+    backend = profile.engines[0].backend
+    devices = [e for e in profile.engines if e.backend == backend]
+    gpus = [e for e in devices if e.kind != "cpu" and e.memory_free_bytes]
+    own = [e for e in gpus if e.kind in OWN_MEMORY and not profile.unified_memory]
+    chosen = own or gpus
+    free = sum(max(0, e.memory_free_bytes - GPU_HEADROOM_BYTES * bool(own)) for e in chosen)
+    unified = bool(chosen) and not own
+    return Able(
+        profile=profile,
+        backend=backend,
+        cpu=_pace(profile, shape, size, backend, "cpu"),
+        gpu=_pace(profile, shape, size, backend, chosen[0].kind) if chosen else None,
+        ram_bytes=profile.memory_available_bytes,
+        gpu_bytes=min(free, profile.memory_available_bytes) if unified else free,
+        unified=unified,
+    )
+
+
+def _pace(profile: Profile, shape: ModelShape, size: Size, backend: str, kind: str) -> Pace:
+    """As it was measured, else as is usual."""
+    speed = profile.speed(shape.digest, backend, kind)
+    active = np.array(shape.active_bytes, np.float64)
+    if speed is not None and speed.decode_s and speed.prefill_s and speed.prefill_tokens:
+        return _measured(speed, shape, size, active)
+    rate = USUAL_BYTES_PER_S.get(kind, USUAL_BYTES_PER_S["cpu"])
+    operations = USUAL_OPERATIONS_PER_S.get(kind, USUAL_OPERATIONS_PER_S["cpu"])
+    kv = np.array(shape.layer_kv_bytes, np.float64) * FILL_TOKENS
+    chunk = 2 * _WEIGHTS_PER_BYTE * size.batch_tokens / operations
+    output = shape.output_bytes or shape.embed_bytes
+    return Pace((active + kv) / rate, active * chunk, 1e-4, output / rate, False)
+
+
+def _measured(speed: Speed, shape: ModelShape, size: Size, active: Floats) -> Pace:
+    at = np.array(shape.kinds, np.int64)
+    kinds = np.minimum(at, len(speed.decode_s) - 1)
+    decode = np.array(speed.decode_s, np.float64)[kinds]
+    kv = np.array(shape.layer_kv_bytes, np.float64) * FILL_TOKENS
+    grown = decode * (1 + kv / np.maximum(active, 1))
+    prefill = np.array(speed.prefill_s, np.float64)[np.minimum(at, len(speed.prefill_s) - 1)]
+    factor = speed.correction or 1.0
+    return Pace(
+        grown * factor,
+        prefill * (factor * size.batch_tokens / speed.prefill_tokens),
+        speed.window_s * factor,
+        speed.output_s * factor,
+        True,
+    )
+
+
+# One peer's part -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a peer's windows take together. busy_s: computing, for a token; cpu_s: of that, on its
+    processor; read_s: D; room_s: reading, once, all that could stay resident; gpu_layers: of each
+    window, the last ones. memory_bytes: with what is streamed."""
+
+    busy_s: float
+    cpu_s: float
+    prefill_s: float
+    read_s: float
+    room_s: float
+    memory_bytes: int
+    gpu_bytes: int
+    streamed_bytes: int
+    gpu_layers: int
+
+    def waits_s(self, rounds: int, token_s: float) -> float:
+        """E: disk time for a token of `token_s` that nothing hides."""
+        return exposed(self.read_s, self.room_s, self.busy_s, rounds, token_s)
+
+
+def exposed(read_s: float, room_s: float, busy_s: float, rounds: int, token_s: float) -> float:
+    """E of this module's first lines."""
+    if rounds == 1 or read_s == 0:
+        return read_s
+    hidden = rounds * read_s - (rounds - 1) * (token_s - busy_s)
+    return max(0.0, hidden, read_s - (rounds - 1) * room_s)
+
+
+def part(
+    of: Problem, able: Able, windows: Sequence[tuple[int, int]], gpu_layers: int
+) -> Part | None:
+    """What [first, last) of every round would take with so many of each window's last layers on the
+    GPU; None where the peer cannot hold it."""
+    shape, cells = of.shape, of.size.kv_cells
+    gpu_layers = gpu_layers if able.gpu else 0
+    head, tail = windows[0][0] == 0, windows[-1][1] == shape.layers
+    cpu = [i for a, b in windows for i in range(a, max(a, b - gpu_layers))]
+    gpu = [i for a, b in windows for i in range(max(a, b - gpu_layers), b)]
+    end = of.tail_bytes - (shape.embed_bytes if shape.tied and head and not gpu else 0)
+    scratch = len(windows) * of.compute_bytes
+    weights = sum(shape.layer_bytes[i] for i in cpu)
+    ram = weights + cells * sum(shape.layer_kv_bytes[i] for i in cpu) + scratch
+    ram += shape.embed_bytes * head + end * (tail and not gpu)
+    vram = sum(shape.layer_bytes[i] + cells * shape.layer_kv_bytes[i] for i in gpu)
+    vram += (scratch + end * tail) if gpu else 0
+    if able.unified:
+        ram += vram - (scratch if gpu else 0)
+    streamed = max(0, ram - able.ram_bytes)
+    if vram > (able.gpu_bytes if gpu else 0) or streamed > weights:
+        return None
+    if streamed and not able.disk_bytes_per_s:
+        return None
+    paces = [(able.cpu, cpu), *([(able.gpu, gpu)] if able.gpu else [])]
+    cpu_s, *gpu_s = [float(pace.decode_s[layers].sum()) for pace, layers in paces]
+    last = able.gpu if gpu and able.gpu else able.cpu
+    output_s = last.output_s if tail else 0.0
+    around_s = len(windows) * max(p.window_s for p, layers in paces if layers)
+    rate = able.disk_bytes_per_s or 1.0
+    return Part(
+        busy_s=cpu_s + sum(gpu_s) + output_s + around_s,
+        cpu_s=cpu_s + around_s + (0.0 if gpu else output_s),
+        prefill_s=sum(float(p.prefill_s[layers].sum()) for p, layers in paces) + output_s,
+        read_s=streamed / rate,
+        room_s=(weights - streamed) / rate,
+        memory_bytes=ram,
+        gpu_bytes=vram,
+        streamed_bytes=streamed,
+        gpu_layers=gpu_layers,
+    )
+
+
+# All of them -----------------------------------------------------------------------------------
+
+
+def token_s(
+    rounds: int,
+    hops_s: float,
+    busy_s: Sequence[float],
+    cpu_least_s: Sequence[float],
+    read_s: Sequence[float],
+    room_s: Sequence[float],
+) -> float:
+    """T: the least time of a token that hops, computing, throttling and disks allow. One entry a
+    peer; cpu_least_s: its cpu_s divided by its share.
+
+    What the disks leave to be waited for falls with T, and convexly: Newton's method from below
+    ends after as many steps as there are peers, at most twice.
+    """
+    least = hops_s + sum(busy_s)
+    token = max(least, *cpu_least_s)
+    for _ in range(4 * len(busy_s) + 4):
+        waits = [exposed(*m, rounds, token) for m in zip(read_s, room_s, busy_s, strict=True)]
+        wanted = least + sum(waits)
+        if wanted <= token * (1 + 1e-12):
+            return token
+        floors = zip(waits, read_s, room_s, strict=True)
+        slope = sum(rounds - 1 for e, d, r in floors if e > max(0.0, d - (rounds - 1) * r))
+        token = (wanted + slope * token) / (1 + slope)
+    return token
+
+
+def prefill_s(sum_s: float, slowest_s: float, chunks: int, pipelined: bool) -> float:
+    """Seconds until the last of so many chunks of a prompt came around: the first one visits all
+    stages; the others follow it at the pace of the slowest, or, not pipelined, one by one."""
+    return sum_s + (chunks - 1) * (slowest_s if pipelined else sum_s)
+
+
+PIPELINED = False  # the scheduler keeps one step in flight
+
+
+def hops_s(of: Problem, order: Sequence[int], rounds: int) -> float:
+    """What the links take of a token's time. order: indices of peers, head first."""
+    return _around(of.hop_s, order, rounds) + _closing(of, order)
+
+
+def _around(matrix: Floats, order: Sequence[int], rounds: int) -> float:
+    if len(order) == 1:
+        return 0.0
+    along = sum(float(matrix[a, b]) for a, b in itertools.pairwise(order))
+    return rounds * along + (rounds - 1) * float(matrix[order[-1], order[0]])
+
+
+def _closing(of: Problem, order: Sequence[int]) -> float:
+    return float(of.close_s[order[-1], order[0]]) if len(order) > 1 else 0.0
+
+
+def evaluate(of: Problem, order: Sequence[int], rounds: int, parts: Sequence[Part]) -> Forecast:
+    """What this ring would do. parts: one a peer, as `order`."""
+    shares = [max(1e-6, of.peers[i].profile.cpu_share) for i in order]
+    least = [p.cpu_s / share for p, share in zip(parts, shares, strict=True)]
+    hops = hops_s(of, order, rounds)
+    busy = [p.busy_s for p in parts]
+    reads = [p.read_s for p in parts]
+    token = token_s(rounds, hops, busy, least, reads, [p.room_s for p in parts])
+    chunks = -(-PROMPT_TOKENS // of.size.batch_tokens)
+    slow = [p.prefill_s / share + p.read_s for p, share in zip(parts, shares, strict=True)]
+    around = _around(of.chunk_s, order, rounds)
+    first = prefill_s(sum(slow) + around, max(slow), chunks, PIPELINED) + _closing(of, order)
+    stages = [max(b, r, at_least) for b, r, at_least in zip(busy, reads, least, strict=True)]
+    peers = tuple(
+        PeerForecast(
+            peer_id=of.peers[i].peer_id,
+            decode_s=p.busy_s,
+            prefill_s=p.prefill_s,
+            disk_s=p.waits_s(rounds, token),
+            memory_bytes=p.memory_bytes - p.streamed_bytes,
+            gpu_bytes=p.gpu_bytes,
+            streamed_bytes=p.streamed_bytes,
+            measured=of.peers[i].cpu.measured or bool((g := of.peers[i].gpu) and g.measured),
+        )
+        for i, p in zip(order, parts, strict=True)
+    )
+    return Forecast(token, first, PROMPT_TOKENS, hops, max(stages), peers)
+
+
+def forecast(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Forecast | None:
+    """What a split would do with these profiles; None where one of its peers is not among them, or
+    cannot hold its windows."""
+    of = problem(profiles, shape, Size(split.context, split.kv_cells, split.batch_tokens))
+    index = {able.peer_id: i for i, able in enumerate(of.peers)}
+    ring = list(dict.fromkeys(w.peer_id for w in split.windows))
+    if not all(peer_id in index for peer_id in ring):
+        return None
+    parts = []
+    for peer_id in ring:
+        mine = [w for w in split.windows if w.peer_id == peer_id]
+        layers = mine[0].gpu_layers if mine[0].gpu_layers >= 0 else shape.layers
+        able = of.peers[index[peer_id]]
+        found = part(of, able, [(w.first, w.last) for w in mine], layers)
+        if found is None:
+            return None
+        parts.append(found)
+    order = [index[peer_id] for peer_id in ring]
+    return evaluate(of, order, len(split.windows) // len(ring), parts)

@@ -1,0 +1,161 @@
+"""What every peer would take for every window of a round: `costs.part` for all at once. Pure.
+
+A ring of k rounds over L layers gives each peer the window [a, b) of every round's W = L / k
+layers, so that its layers are c W + a … c W + b for c < k. Sums over those layers are differences
+of sums folded over the rounds: a table of all (a, b) takes a few operations on square arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peer.planning.costs import Able, Floats, Problem
+from peer.planning.cuts import Cuts, Flags, Ints
+from peer.planning.profile import ModelShape
+
+_Number = TypeVar("_Number", np.int64, np.float64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """One peer's windows, [W + 1, W + 1] each: row a, column b. fits: it can have [a, b) in every
+    round. The others: see `costs.Part`; undefined where it does not fit."""
+
+    rounds: int
+    fits: Flags
+    busy_s: Floats
+    cpu_s: Floats
+    prefill_s: Floats
+    read_s: Floats
+    room_s: Floats
+    gpu_layers: Ints
+    share: float
+
+    def token_s(self, token_s: float) -> Floats:
+        """[W + 1, W + 1] what the window adds to a token of so many seconds; inf where it does not
+        fit, or where throttling would make the token longer than that."""
+        allowed = self.fits & (self.cpu_s <= self.share * token_s)
+        busy, k = self.busy_s, self.rounds
+        waits = self.read_s
+        if k > 1:
+            hidden = k * self.read_s - (k - 1) * (token_s - busy)
+            waits = np.maximum(np.maximum(0.0, hidden), self.read_s - (k - 1) * self.room_s)
+        return np.where(allowed, busy + waits, np.inf)
+
+    @property
+    def stage_s(self) -> Floats:
+        """[W + 1, W + 1] how long each token takes the stage up; inf where it does not fit."""
+        each = np.maximum(np.maximum(self.busy_s, self.read_s), self.cpu_s / self.share)
+        return np.where(self.fits, each, np.inf)
+
+
+class Tables:
+    """The tables of all peers of a problem for so many rounds, which must divide the layers."""
+
+    def __init__(self, of: Problem, rounds: int) -> None:
+        if of.shape.layers % rounds:
+            raise ValueError(f"{rounds} rounds do not divide {of.shape.layers} layers")
+        self.of, self.rounds, self.width = of, rounds, of.shape.layers // rounds
+        shape = of.shape
+        self._allowed = _allowed(shape, rounds)
+        self._weights = self._folded(np.array(shape.layer_bytes, np.int64))
+        self._kv = self._folded(np.array(shape.layer_kv_bytes, np.int64) * of.size.kv_cells)
+        self.peers = tuple(self._table(able) for able in of.peers)
+
+    def windows(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The windows [a, b) of all rounds."""
+        starts = range(0, self.of.shape.layers, self.width)
+        return [(start + first, start + last) for start in starts]
+
+    def _folded(self, each: NDArray[_Number]) -> NDArray[_Number]:
+        """[W + 1]: of x, the sum over the rounds of what lies in their first x layers."""
+        sums = each.reshape(self.rounds, self.width).sum(axis=0)
+        return np.concatenate([np.zeros(1, sums.dtype), np.cumsum(sums)])
+
+    def _table(self, able: Able) -> Table:
+        of, shape, k = self.of, self.of.shape, self.rounds
+        n = self.width
+        weights, kv = self._weights, self._kv
+        a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
+        head, tail = a == 0, b == n
+        starts = self._gpu_from(able, tail)
+        on_gpu = starts < b
+        end_gpu = of.tail_bytes * tail
+        end_cpu = end_gpu - shape.embed_bytes * (head & tail) * shape.tied
+        scratch = k * of.compute_bytes
+        cpu_weights = weights[starts] - weights[a]
+        ram = cpu_weights + kv[starts] - kv[a] + scratch + shape.embed_bytes * head
+        ram += np.where(on_gpu, 0, end_cpu)
+        both = weights + kv
+        vram = np.where(on_gpu, both[b] - both[starts] + scratch + end_gpu, 0)
+        if able.unified:
+            ram += vram - np.where(on_gpu, scratch, 0)
+        streamed = np.maximum(0, ram - able.ram_bytes)
+        fits = self._allowed & (streamed <= cpu_weights) & (vram <= able.gpu_bytes * on_gpu)
+        if not able.disk_bytes_per_s:
+            fits &= streamed == 0
+        rate = able.disk_bytes_per_s or 1.0
+        return Table(
+            k, fits, *self._times(able, a, b, starts, on_gpu, tail),
+            streamed / rate, (cpu_weights - streamed) / rate, b - starts,
+            max(1e-6, able.profile.cpu_share),
+        )  # fmt: skip
+
+    def _times(
+        self, able: Able, a: Ints, b: Ints, starts: Ints, on_gpu: Flags, tail: Flags
+    ) -> tuple[Floats, Floats, Floats]:
+        """busy, of that on the processor, and prefill."""
+        cpu, gpu = able.cpu, able.gpu or able.cpu
+
+        def spent(slow: Floats, fast: Floats) -> tuple[Floats, Floats]:
+            slow, fast = self._folded(slow), self._folded(fast)
+            return slow[starts] - slow[a], fast[b] - fast[starts]
+
+        cpu_s, gpu_s = spent(cpu.decode_s, gpu.decode_s)
+        output_s = np.where(on_gpu, gpu.output_s, cpu.output_s) * tail
+        with_cpu = np.where(starts > a, cpu.window_s, 0.0)
+        around_s = self.rounds * np.maximum(with_cpu, np.where(on_gpu, gpu.window_s, 0.0))
+        slow_s, fast_s = spent(cpu.prefill_s, gpu.prefill_s)
+        return (
+            cpu_s + gpu_s + output_s + around_s,
+            cpu_s + around_s + np.where(on_gpu, 0.0, output_s),
+            slow_s + fast_s + output_s,
+        )
+
+    def _gpu_from(self, able: Able, tail: Flags) -> Ints:
+        """[W + 1, W + 1] from which layer on the window [a, b) is on the GPU: as many of the last
+        as there is room for, where it is the faster one; b where none is."""
+        n = self.width
+        a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
+        none = np.broadcast_to(b, (n + 1, n + 1))
+        if able.gpu is None or able.gpu.decode_s.sum() >= able.cpu.decode_s.sum():
+            return none
+        of, scratch = self.of, self.rounds * self.of.compute_bytes
+        both = self._weights + self._kv
+        room = able.gpu_bytes - scratch - of.tail_bytes * tail
+        starts = np.searchsorted(both, both[b] - room)
+        if able.unified:  # all but the processor's weights has to stay in the same memory
+            ends = scratch + of.tail_bytes * tail + of.shape.embed_bytes * (a == 0)
+            room = able.ram_bytes - ends - (self._kv[b] - self._kv[a])
+            starts = np.maximum(starts, np.searchsorted(self._weights, self._weights[b] - room))
+        return np.minimum(np.maximum(starts, a), np.maximum(a, b))
+
+
+def _allowed(shape: ModelShape, rounds: int) -> Flags:
+    """[W + 1, W + 1]: whether the architecture allows [a, b) in every round."""
+    cuts, width = Cuts(shape), shape.layers // rounds
+    begins = cuts.ends.copy()
+    begins[0] = cuts.begins
+    begins[-1] = False
+    ok = np.ones((width + 1, width + 1), np.bool_)
+    for start in range(0, shape.layers, width):
+        here = slice(start, start + width + 1)
+        ok &= begins[here, None] & cuts.ends[None, here]
+        ok &= cuts.latest[None, here] >= np.arange(start, start + width + 1)[:, None]
+    if rounds == 1:
+        ok[0, width] = True
+    return np.triu(ok, 1)
