@@ -32,11 +32,16 @@ class Timing:
     listen_s: float = 1.5  # at start, listen for a coordinator before claiming; > beat_s
     claim_spread_s: float = 0.6  # claims after a loss are spread over this, by rank of peer id
     settle_s: float = 0.7  # members and profiles must be quiet this long before a plan is made
+    measure_s: float = 25.0  # for a peer to measure a model before it is planned without numbers
     publish_s: float = 2.0  # between repetitions of plans and reports
     load_s: float = 600.0  # for a stage to load and report ready, after its parts are there
     step_s: float = 120.0  # for one step to come around the ring
     request_s: float = 8.0  # for a peer to answer a control request
     drain_s: float = 600.0  # for the answers on an old plan to finish
+    probe_soon_s: float = 0.5  # after a peer joined, at most, its link is measured
+    probe_s: float = 60.0  # between measurements of a link
+    probe_again_s: float = 5.0  # before trying again, where a measurement was put off or failed
+    probe_wait_max_s: float = 600.0  # it is put off; then the round trip is taken among answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class Config:
     cluster: str = "home"  # only peers of the same name meet
     backend: Literal["auto", "llama_cpp", "mlx", "fake"] = "auto"
     spread: Literal["auto", "all"] = "auto"  # all: every joined peer gets at least one layer
+    objective: Literal["latency", "throughput"] = "latency"  # of one answer, or of many at once
     threads: int = 0  # of a stage; 0: one for each physical core
     context: int = 0  # tokens of one request at most; 0: what the model and the memory allow
     memory: int = 0  # bytes that stages may use; 0: what is free, less a headroom
@@ -71,7 +77,8 @@ class Config:
         timing = Timing(
             beat_s=0.2, silence_s=2.5, regret_s=0.4, dial_s=2.0, dial_again_max_s=1.0,
             listen_s=0.5, claim_spread_s=0.2, settle_s=0.2, publish_s=0.4, load_s=60.0,
-            step_s=20.0, request_s=4.0, drain_s=20.0,
+            step_s=20.0, request_s=4.0, drain_s=20.0, probe_soon_s=0.3, probe_s=30.0,
+            probe_again_s=0.3, probe_wait_max_s=10.0,
         )  # fmt: skip
         return cls.loopback(timing=timing, mdns=False, **changes)
 
@@ -160,6 +167,7 @@ def _checked(key: str, value: Any, source: str) -> dict[str, Any]:
     choices = {
         "backend": ("auto", "llama_cpp", "mlx", "fake"),
         "spread": ("auto", "all"),
+        "objective": ("latency", "throughput"),
         "log": ("debug", "info", "warning", "error"),
     }.get(key)
     if choices and value not in choices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peer.config import Timing
+from peer.planning.making import answer
 from peer.planning.plan import PlanId, PlanState
 from peer.planning.profile import EngineProfile, ModelOffer, ModelShape, Profile
 from peer.planning.rollout import (
@@ -13,6 +14,8 @@ from peer.planning.rollout import (
     Publish,
     Reported,
     Rollout,
+    Solve,
+    Solved,
     Tick,
 )
 from peer.protocol import Plans, Report
@@ -32,6 +35,8 @@ def profile(peer_id: str, memory_mib: int = 4000, **changes: object) -> Profile:
         "memory_total_bytes": 1 << 36,
         "memory_available_bytes": memory_mib * MIB,
         "engines": (EngineProfile("fake", "CPU", "cpu"),),
+        "unmeasured": tuple(digit * 64 for digit in "0123456789"),
+        "spread_all": True,
     }
     return Profile(**{**facts, **changes})  # type: ignore[arg-type]
 
@@ -79,6 +84,8 @@ class World:
                     self.published.append((self.now, plans))
                 case Note(text):
                     self.notes.append(text)
+                case Solve(question):
+                    self.do(Solved(answer(question)))
 
     def members(self) -> None:
         self.do(Members(frozenset(self.profiles), dict(self.profiles), dict(self.offers)))

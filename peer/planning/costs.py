@@ -24,71 +24,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from peer.planning.abilities import FILL_TOKENS as FILL_TOKENS
+from peer.planning.abilities import GPU_HEADROOM_BYTES as GPU_HEADROOM_BYTES
+from peer.planning.abilities import Able as Able
+from peer.planning.abilities import Floats as Floats
+from peer.planning.abilities import Pace as Pace
+from peer.planning.abilities import Size as Size
+from peer.planning.abilities import able
 from peer.planning.plan import Forecast, PeerForecast, Split
-from peer.planning.profile import Link, ModelShape, Profile, Speed
+from peer.planning.profile import Link, ModelShape, Profile
 
-FILL_TOKENS = 256  # of the KV cache that a decode step reads: in the middle of a short answer
 PROMPT_TOKENS = 512  # of the prompt whose TTFT is told
 HOP_S = 2e-4  # of the two stages' Python and ZeroMQ around a frame, beyond the wire
 RTT_S = 1e-3  # of a link that was not measured: Ethernet and a switch
 BYTES_PER_S = 6e7  # of such a link: half a Gbit/s
-GPU_HEADROOM_BYTES = 512 << 20  # a driver's own, and the desktop's next window
-OWN_MEMORY = ("cuda", "rocm", "hip", "vulkan")  # kinds of GPUs that do not use the machine's
-
-# What is usual for a processor that was not measured: bytes of weights read a second when decoding,
-# and operations a second in prefill. Low on purpose: a measured peer is to be preferred.
-USUAL_BYTES_PER_S = {"cpu": 8e9, "metal": 6e10, "cuda": 2e11, "rocm": 1.5e11, "vulkan": 1e11}
-USUAL_OPERATIONS_PER_S = {"cpu": 4e10, "metal": 1.5e12, "cuda": 8e12, "rocm": 5e12, "vulkan": 3e12}
-_WEIGHTS_PER_BYTE = 1.7  # of about 4.7 bits each, as most models at home
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """How much is kept for answers, in tokens; batch_tokens: rows of a prefill chunk."""
-
-    context: int
-    kv_cells: int
-    batch_tokens: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pace:
-    """One processor's seconds for one model. decode_s, prefill_s: [layers], for a token (beside a
-    KV cache of FILL_TOKENS) and for a chunk; output_s: the tail's, for a token."""
-
-    decode_s: Floats
-    prefill_s: Floats
-    window_s: float
-    output_s: float
-    measured: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Able:
-    """What a peer that could take part has. ram_bytes: of the machine, for its stage; gpu: None
-    where there is none, gpu_bytes what it may hold (unified: out of ram_bytes)."""
-
-    profile: Profile
-    backend: str
-    cpu: Pace
-    gpu: Pace | None
-    ram_bytes: int
-    gpu_bytes: int
-    unified: bool
-
-    @property
-    def peer_id(self) -> str:
-        """Of the profile."""
-        return self.profile.peer_id
-
-    @property
-    def disk_bytes_per_s(self) -> float:
-        """Of its profile; 0: it cannot stream."""
-        return self.profile.disk_read_bytes_per_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +64,7 @@ class Problem:
 
 def problem(profiles: Sequence[Profile], shape: ModelShape, size: Size) -> Problem:
     """What these peers could do with the model. Profiles without an engine are passed over."""
-    peers = tuple(_able(p, shape, size) for p in profiles if p.engines)
+    peers = tuple(able(p, shape, size) for p in profiles if p.engines)
     bytes_hop, bytes_chunk = 4 * shape.hidden, 4 * shape.hidden * size.batch_tokens
     links = [[_link(a.profile, b.profile) for b in peers] for a in peers]
 
@@ -162,59 +112,6 @@ def way(link: Link, carried_bytes: int) -> float:
     return HOP_S + link.rtt_s / 2 + carried_bytes / (link.bytes_per_s or BYTES_PER_S)
 
 
-# Processors ------------------------------------------------------------------------------------
-
-
-def _able(profile: Profile, shape: ModelShape, size: Size) -> Able:
-    backend = profile.engines[0].backend
-    devices = [e for e in profile.engines if e.backend == backend]
-    gpus = [e for e in devices if e.kind != "cpu" and e.memory_free_bytes]
-    own = [e for e in gpus if e.kind in OWN_MEMORY and not profile.unified_memory]
-    chosen = own or gpus
-    free = sum(max(0, e.memory_free_bytes - GPU_HEADROOM_BYTES * bool(own)) for e in chosen)
-    unified = bool(chosen) and not own
-    return Able(
-        profile=profile,
-        backend=backend,
-        cpu=_pace(profile, shape, size, backend, "cpu"),
-        gpu=_pace(profile, shape, size, backend, chosen[0].kind) if chosen else None,
-        ram_bytes=profile.memory_available_bytes,
-        gpu_bytes=min(free, profile.memory_available_bytes) if unified else free,
-        unified=unified,
-    )
-
-
-def _pace(profile: Profile, shape: ModelShape, size: Size, backend: str, kind: str) -> Pace:
-    """As it was measured, else as is usual."""
-    speed = profile.speed(shape.digest, backend, kind)
-    active = np.array(shape.active_bytes, np.float64)
-    if speed is not None and speed.decode_s and speed.prefill_s and speed.prefill_tokens:
-        return _measured(speed, shape, size, active)
-    rate = USUAL_BYTES_PER_S.get(kind, USUAL_BYTES_PER_S["cpu"])
-    operations = USUAL_OPERATIONS_PER_S.get(kind, USUAL_OPERATIONS_PER_S["cpu"])
-    kv = np.array(shape.layer_kv_bytes, np.float64) * FILL_TOKENS
-    chunk = 2 * _WEIGHTS_PER_BYTE * size.batch_tokens / operations
-    output = shape.output_bytes or shape.embed_bytes
-    return Pace((active + kv) / rate, active * chunk, 1e-4, output / rate, False)
-
-
-def _measured(speed: Speed, shape: ModelShape, size: Size, active: Floats) -> Pace:
-    at = np.array(shape.kinds, np.int64)
-    kinds = np.minimum(at, len(speed.decode_s) - 1)
-    decode = np.array(speed.decode_s, np.float64)[kinds]
-    kv = np.array(shape.layer_kv_bytes, np.float64) * FILL_TOKENS
-    grown = decode * (1 + kv / np.maximum(active, 1))
-    prefill = np.array(speed.prefill_s, np.float64)[np.minimum(at, len(speed.prefill_s) - 1)]
-    factor = speed.correction or 1.0
-    return Pace(
-        grown * factor,
-        prefill * (factor * size.batch_tokens / speed.prefill_tokens),
-        speed.window_s * factor,
-        speed.output_s * factor,
-        True,
-    )
-
-
 # One peer's part -------------------------------------------------------------------------------
 
 
@@ -255,8 +152,7 @@ def part(
     shape, cells = of.shape, of.size.kv_cells
     gpu_layers = gpu_layers if able.gpu else 0
     head, tail = windows[0][0] == 0, windows[-1][1] == shape.layers
-    cpu = [i for a, b in windows for i in range(a, max(a, b - gpu_layers))]
-    gpu = [i for a, b in windows for i in range(max(a, b - gpu_layers), b)]
+    cpu, gpu = _placed(windows, gpu_layers)
     end = of.tail_bytes - (shape.embed_bytes if shape.tied and head and not gpu else 0)
     scratch = len(windows) * of.compute_bytes
     weights = sum(shape.layer_bytes[i] for i in cpu)
@@ -271,16 +167,12 @@ def part(
         return None
     if streamed and not able.disk_bytes_per_s:
         return None
-    paces = [(able.cpu, cpu), *([(able.gpu, gpu)] if able.gpu else [])]
-    cpu_s, *gpu_s = [float(pace.decode_s[layers].sum()) for pace, layers in paces]
-    last = able.gpu if gpu and able.gpu else able.cpu
-    output_s = last.output_s if tail else 0.0
-    around_s = len(windows) * max(p.window_s for p, layers in paces if layers)
+    busy, on_cpu, prefill = _times(able, cpu, gpu, len(windows), tail)
     rate = able.disk_bytes_per_s or 1.0
     return Part(
-        busy_s=cpu_s + sum(gpu_s) + output_s + around_s,
-        cpu_s=cpu_s + around_s + (0.0 if gpu else output_s),
-        prefill_s=sum(float(p.prefill_s[layers].sum()) for p, layers in paces) + output_s,
+        busy_s=busy,
+        cpu_s=on_cpu,
+        prefill_s=prefill,
         read_s=streamed / rate,
         room_s=(weights - streamed) / rate,
         memory_bytes=ram,
@@ -288,6 +180,33 @@ def part(
         streamed_bytes=streamed,
         gpu_layers=gpu_layers,
     )
+
+
+def _placed(windows: Sequence[tuple[int, int]], gpu_layers: int) -> tuple[list[int], list[int]]:
+    """The layers on the processor and on the GPU: there the last ones of each window."""
+    cpu = [i for a, b in windows for i in range(a, max(a, b - gpu_layers))]
+    return cpu, [i for a, b in windows for i in range(max(a, b - gpu_layers), b)]
+
+
+def _times(
+    able: Able, cpu: list[int], gpu: list[int], windows: int, tail: bool
+) -> tuple[float, float, float]:
+    """busy, of that on the processor, and prefill, in seconds. cpu, gpu: layers on each."""
+    paces = [(able.cpu, cpu), *([(able.gpu, gpu)] if able.gpu else [])]
+    cpu_s, *gpu_s = [float(pace.decode_s[layers].sum()) for pace, layers in paces]
+    last = able.gpu if gpu and able.gpu else able.cpu
+    output_s = last.output_s if tail else 0.0
+    around_s = windows * max(p.window_s for p, layers in paces if layers)
+    prefill_s = sum(float(p.prefill_s[layers].sum()) for p, layers in paces)
+    on_cpu_s = cpu_s + around_s + (0.0 if gpu else output_s)
+    return cpu_s + sum(gpu_s) + output_s + around_s, on_cpu_s, prefill_s + output_s
+
+
+def busy_s(of: Problem, able: Able, windows: Sequence[tuple[int, int]], gpu_layers: int) -> float:
+    """Seconds of computing for a token, whether the windows fit or not."""
+    gpu_layers = gpu_layers if able.gpu else 0
+    cpu, gpu = _placed(windows, gpu_layers)
+    return _times(able, cpu, gpu, len(windows), windows[-1][1] == of.shape.layers)[0]
 
 
 # All of them -----------------------------------------------------------------------------------

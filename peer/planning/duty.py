@@ -282,6 +282,7 @@ class Duty:
             kv_bytes=news.kv_bytes,
             compute_bytes=news.compute_bytes,
             active=news.active,
+            timed=news.timed,
         )
         # Counts are told with the next repetition, except the end of the last answer: a plan that
         # drains may go then.

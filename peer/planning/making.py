@@ -1,16 +1,22 @@
-"""What a plan is made of: who is here, with what, and who is done without. Pure."""
+"""Which plan there is to be: who is here, with what, and whether it is worth a change. Pure.
+
+The coordinator asks a `Question` and goes on with its work; `answer` takes up to a second of a
+core in a large cluster, so it is called where nothing waits for it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from peer.errors import NoPlan, ProtocolError
-from peer.planning.plan import LeftOut, Plan, PlanId, PlanState, check
+from peer.planning import costs, trust
+from peer.planning.plan import Forecast, LeftOut, Plan, PlanId, PlanState, check
 from peer.planning.profile import ModelOffer, ModelShape, Profile
-from peer.planning.split import solve
+from peer.planning.split import Wishes, solve
 from peer.protocol import Plans, decode_control, encode
 
 
@@ -36,7 +42,15 @@ class Members:
         engines = [(e.backend, e.device, e.kind, e.memory_total_bytes) for e in profile.engines]
         offered = frozenset(offer.shape.digest for offer in self.offers.get(peer_id, ()))
         lasting = replace(
-            profile, memory_available_bytes=0, disk_free_bytes=0, engines=(), model_wanted=""
+            profile,
+            memory_available_bytes=0,
+            disk_free_bytes=0,
+            engines=(),
+            model_wanted="",
+            speeds=(),
+            unmeasured=(),
+            links=(),
+            disk_read_bytes_per_s=0.0,
         )
         return (lasting, engines), offered
 
@@ -47,42 +61,162 @@ class Members:
         return offers, profile.model_wanted if profile else ""
 
 
-def basis(members: Members, barred: Mapping[str, str]) -> object:
-    """What a plan is made of, but for the model and for what changes by itself."""
-    return [members.nature(p.peer_id)[0] for p in members.here if p.peer_id not in barred]
+def measured(profile: Profile, digest: str) -> bool:
+    """Whether a peer knows how fast its engines run a model, or that it cannot be known."""
+    known = {(speed.backend, speed.digest) for speed in profile.speeds}
+    return digest in profile.unmeasured or (profile.engines[0].backend, digest) in known
 
 
-def make(
-    plan_id: PlanId,
-    me: str,
-    members: Members,
-    shape: ModelShape,
-    barred: Mapping[str, str],
-    order: Sequence[str],
-) -> Plan | str:
-    """A plan for this model that every peer can decode, or why there can be none.
+def pace(profile: Profile, digest: str) -> object:
+    """How fast a peer and its links are, so coarsely that only a change that could be worth another
+    plan changes it: speeds to a quarter, links to a half."""
+    speeds = [
+        (s.backend, s.kind, _coarse(sum(s.decode_s) * s.correction, 3))
+        for s in profile.speeds
+        if s.digest == digest
+    ]
+    links = [(x.peer_id, _coarse(x.rtt_s, 1), _coarse(x.bytes_per_s, 1)) for x in profile.links]
+    return sorted(speeds), sorted(links), digest in profile.unmeasured
 
-    barred: peers that it does without, each with the reason. order: see `solve`.
-    """
-    able = [profile for profile in members.here if profile.peer_id not in barred]
-    excuses = "; ".join(barred.values())
-    if barred and not able:
+
+def _coarse(value: float, steps: int) -> int:
+    """The number of steps of doubling, so many to each."""
+    return round(math.log2(value) * steps) if value > 0 else -1000
+
+
+WORTH = 0.15  # a plan that serves is replaced by one whose tokens take so much less time
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a plan depends on. number: of the question, to know its answer by. shapes: the models to
+    try, in order. barred: by digest, peers that a plan does without, each with the reason. current:
+    plans of now, the newest first."""
+
+    number: int
+    plan_id: PlanId
+    me: str
+    members: Members
+    shapes: tuple[ModelShape, ...]
+    barred: Mapping[str, Mapping[str, str]]
+    current: tuple[Plan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """plan: the one to serve, None: there can be none. kept: it is one of now. whys: by digest,
+    why models before it cannot be served. gain: why it replaces another one, in words."""
+
+    number: int
+    plan: Plan | None
+    kept: bool = False
+    whys: Mapping[str, str] = field(default_factory=dict)
+    gain: str = ""
+
+
+def answer(question: Question) -> Answer:
+    """Serve the first model that can be; by the plan of now, unless another is worth a change."""
+    whys: dict[str, str] = {}
+    for shape in question.shapes:
+        made = make(question, shape)
+        if isinstance(made, str):
+            whys[shape.digest] = made
+            continue
+        for now in question.current:
+            if now.shape == shape and not (gain := _gain(question, now, made)):
+                return Answer(question.number, now, True, whys)
+            if now.shape == shape:
+                return Answer(question.number, made, False, whys, gain)
+        return Answer(question.number, made, False, whys)
+    return Answer(question.number, None, False, whys)
+
+
+def able(question: Question, shape: ModelShape) -> list[Profile]:
+    """Those that a plan for this model may be made with."""
+    barred = question.barred.get(shape.digest, {})
+    return [profile for profile in question.members.here if profile.peer_id not in barred]
+
+
+def make(question: Question, shape: ModelShape) -> Plan | str:
+    """The best plan for this model that every peer can decode, or why there can be none."""
+    barred = question.barred.get(shape.digest, {})
+    profiles, excuses = able(question, shape), "; ".join(barred.values())
+    if barred and not profiles:
         return excuses
-    mine = members.profiles.get(me)
+    members = question.members
     try:
-        split = solve(
-            able,
-            shape,
-            context_wanted=mine.context_wanted if mine else 0,
-            spread_all=any(profile.spread_all for profile in able),
-            order=order,
-        )
+        split = solve(profiles, shape, _wishes(question, profiles, shape))
     except NoPlan as error:
         return f"{error}" + (f". {excuses}" if excuses else "")
     out = tuple(LeftOut(p, why) for p, why in barred.items() if p in members.present)
-    plan = Plan(plan_id, me, shape, replace(split, left_out=split.left_out + out))
+    split = replace(split, left_out=split.left_out + out)
+    plan = Plan(question.plan_id, question.me, shape, split)
     wrong = check(plan) or _untellable(plan)
     return f"no plan for {shape.model}: {wrong}" if wrong else plan
+
+
+def _wishes(question: Question, profiles: Sequence[Profile], shape: ModelShape) -> Wishes:
+    """This peer's settings, and what is here already."""
+    mine = question.members.profiles.get(question.me)
+    held = {
+        peer_id: frozenset(offer.parts)
+        for peer_id, offers in question.members.offers.items()
+        for offer in offers
+        if offer.shape.digest == shape.digest
+    }
+    return Wishes(
+        context=mine.context_wanted if mine else 0,
+        spread_all=any(profile.spread_all for profile in profiles),
+        objective=mine.objective if mine else "latency",
+        order=question.current[0].ring if question.current else (),
+        held=held,
+    )
+
+
+def _gain(question: Question, now: Plan, made: Plan) -> str:
+    """Why a plan is worth to replace the one of now, or ""."""
+    profiles = able(question, now.shape)
+    here = {profile.peer_id for profile in profiles}
+    if gone := [peer_id for peer_id in now.ring if peer_id not in here]:
+        return f"peer {gone[0]} is done without"
+    if wrong := next((p for p in profiles if p.peer_id in now.ring and trust.fault(p)), None):
+        return trust.fault(wrong)
+    if any(profile.spread_all for profile in profiles) and set(made.ring) > set(now.ring):
+        return "every peer takes part"
+    before, after = _as_it_runs(profiles, now), costs.forecast(profiles, made.shape, made.split)
+    if before is None:
+        return "the plan of now does not fit any more"
+    if after is None:
+        return ""
+    mine = question.members.profiles.get(question.me)
+    old_s, new_s = (_cost_s(f, mine.objective if mine else "latency") for f in (before, after))
+    if new_s <= old_s * (1 - WORTH):
+        return f"a token in {new_s * 1e3:.3g} ms instead of {old_s * 1e3:.3g} ms"
+    if made.split.context >= 2 * now.split.context and new_s <= old_s * (1 + WORTH):
+        return f"room for {made.split.context} tokens of context"
+    return ""
+
+
+def _cost_s(forecast: Forecast, objective: str) -> float:
+    return forecast.stage_s if objective == "throughput" else forecast.tpot_s
+
+
+def _as_it_runs(profiles: Sequence[Profile], plan: Plan) -> Forecast | None:
+    """The forecast of a plan that is loaded already: what its peers have free now is what they have
+    besides, so their memory is not asked for; only what is read from disk depends on it."""
+    if not any(window.streamed_bytes for window in plan.split.windows):
+        profiles = [_roomy(p) if p.peer_id in plan.ring else p for p in profiles]
+    return costs.forecast(profiles, plan.shape, plan.split)
+
+
+def _roomy(profile: Profile) -> Profile:
+    engines = tuple(
+        replace(e, memory_free_bytes=_PLENTY) if e.memory_free_bytes else e for e in profile.engines
+    )
+    return replace(profile, memory_available_bytes=_PLENTY, engines=engines)
+
+
+_PLENTY = 1 << 50  # bytes: more than any plan needs
 
 
 def _untellable(plan: Plan) -> str:

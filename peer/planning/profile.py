@@ -88,7 +88,8 @@ class Profile(Value, frozen=True):
     """What a peer can do. Sent to every peer at joining and whenever it changes.
 
     cpu_share: processor time that the control groups allow, of what `threads` of a stage could
-    use: 0.5 where two threads may use one core's time. speeds: of the models measured so far.
+    use: 0.5 where two threads may use one core's time. speeds: of the models measured so far;
+    unmeasured: models of which that was tried and cannot be.
     """
 
     peer_id: PeerId
@@ -108,6 +109,7 @@ class Profile(Value, frozen=True):
     cpu_share: Share = 1.0
     disk_read_bytes_per_s: Rate = 0.0  # of the disk that holds the models
     speeds: Annotated[tuple[Speed, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
+    unmeasured: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
     links: Annotated[tuple[Link, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
 
     def speed(self, digest: str, backend: str, kind: str) -> Speed | None:

@@ -10,66 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from peer.config import Timing
 from peer.planning.choice import choose
 from peer.planning.failures import RETRY_S, Failures
+from peer.planning.making import Answer, Question, measured, pace
 from peer.planning.making import Members as Members
-from peer.planning.making import basis, make
 from peer.planning.plan import Plan, PlanId, PlanState, Split
 from peer.planning.profile import ModelShape
+from peer.planning.rollout_events import Action as Action
+from peer.planning.rollout_events import Deposed as Deposed
+from peer.planning.rollout_events import Elected as Elected
+from peer.planning.rollout_events import Event as Event
+from peer.planning.rollout_events import Note as Note
+from peer.planning.rollout_events import Publish as Publish
+from peer.planning.rollout_events import Reported as Reported
+from peer.planning.rollout_events import Solve as Solve
+from peer.planning.rollout_events import Solved as Solved
+from peer.planning.rollout_events import Tick as Tick
 from peer.planning.running import NUMBER_MAX, Running, adoptable, is_same
 from peer.protocol import Plans, Report
 
 _DRAINING_MAX = 4  # plans that wait for their last answers; a Plans message holds 8 states
 _NEVER = math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Reported:
-    """A peer's report on its part of a plan."""
-
-    peer_id: str
-    report: Report
-
-
-@dataclass(frozen=True, slots=True)
-class Elected:
-    """This peer coordinates now. known: the plans last heard from whoever did before."""
-
-    term: int
-    known: tuple[PlanState, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Deposed:
-    """Another peer coordinates."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed."""
-
-
-Event = Members | Reported | Elected | Deposed | Tick
-
-
-@dataclass(frozen=True, slots=True)
-class Publish:
-    """Tell every peer, this one too."""
-
-    plans: Plans
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """A line for the log: what was decided, and why."""
-
-    text: str
-
-
-Action = Publish | Note
 
 
 class Rollout:
@@ -80,7 +43,14 @@ class Rollout:
         self._members = Members(frozenset(), {}, {})
         self._choice = choose({}, "", me)
         self._failures = Failures(doubt_s=2 * timing.silence_s)
+        self._asked = 0  # questions to the planner, ever
+        self._measuring: dict[tuple[str, str], float] = {}  # peer, model: waited for since
         self._begin(None, ())
+
+    @property
+    def wanted(self) -> ModelShape | None:
+        """The model that is to be served, if any can be: whose speeds peers should know."""
+        return self._choice.shapes[0] if self._choice.shapes else None
 
     def _begin(self, term: int | None, known: tuple[PlanState, ...]) -> None:
         self._term = term
@@ -116,7 +86,7 @@ class Rollout:
 
     def step(self, event: Event, now: float) -> list[Action]:
         """Take one event in; what is to be done comes out."""
-        notes: list[Note] = []
+        notes: list[Action] = []
         match event:
             case Elected(term, known):
                 self._begin(term, known)
@@ -127,7 +97,9 @@ class Rollout:
                 notes += self._take_members(event, now)
             case Reported(peer_id, report):
                 notes += self._take_report(peer_id, report, now)
-            case Tick():
+            case Solved(answer) if self._term is not None:
+                notes += self._take_answer(answer, now)
+            case Solved() | Tick():
                 pass
         if self._term is None:
             return []
@@ -194,10 +166,12 @@ class Rollout:
     def _situation(self) -> object:
         """All that a plan depends on. Free memory is only looked at while there is no plan: it
         changes all the time, and most of all through the plan itself."""
+        digest = self.wanted.digest if self.wanted else ""
         profiles = [
             (
                 self._members.nature(profile.peer_id)[0],
                 profile.memory_available_bytes if memory else 0,
+                pace(profile, digest),
             )
             for memory in [not self._current()]
             for profile in self._members.here
@@ -234,53 +208,59 @@ class Rollout:
             if retry_at <= now + RETRY_S[0]:
                 self._quiet_at = max(self._quiet_at, retry_at)
 
-    def _decide(self, now: float) -> list[Note]:
-        self._decided, self._known, self._quiet_at = True, (), _NEVER
-        notes = self._replan(now)
+    def _decide(self, now: float) -> list[Action]:
+        """Ask for the plan that there should be, once those who measure are done or overdue."""
+        wait_until = self._measuring_until(now)
+        if wait_until > now:
+            self._quiet_at = wait_until
+            return []
+        self._quiet_at = _NEVER
         self._seen = self._planned = self._situation()
-        return notes
-
-    def _replan(self, now: float) -> list[Note]:
-        """Serve the first model that can be."""
-        current = self._current()
-        whys: dict[str, str] = {}  # why not, by digest
-        for shape in self._ranked():
-            plan = self._kept(current, shape) or self._make(current, shape)
-            if isinstance(plan, str):
-                whys[shape.digest] = plan
-                continue
-            notes = self._roll_out(plan, current, now)
-            return [*notes, *self._say_instead(shape, whys)]
-        return self._without(". ".join([*whys.values()][:3]) or self._choice.why)
-
-    def _kept(self, current: list[Running], shape: ModelShape) -> Plan | None:
-        """The plan of now that there is no reason to replace: of the same model, and made of
-        what is here; or adopted, and it reckons with exactly the peers of now."""
-        basis = self._basis(shape)
-        for running in current:
-            if running.plan.shape == shape and running.basis == basis:
-                return running.plan
-        if not current or current[0].plan.id != self._adopted or current[0].plan.shape != shape:
-            return None
-        plan, here = current[0].plan, {profile.peer_id for profile in self._members.here}
-        reckoned = {*plan.ring, *(left.peer_id for left in plan.split.left_out)}
-        return plan if here <= reckoned <= self._members.present else None
-
-    def _make(self, current: list[Running], shape: ModelShape) -> Plan | str:
-        """The next plan, or why there can be none."""
-        return make(
+        shapes = tuple(self._ranked())
+        self._asked += 1
+        question = Question(
+            self._asked,
             PlanId(self._term or 0, self._number + 1),
             self._me,
             self._members,
-            shape,
-            self._failures.barred(shape.digest),
-            order=current[-1].plan.ring if current else (),
+            shapes,
+            {shape.digest: self._failures.barred(shape.digest) for shape in shapes},
+            tuple(running.plan for running in self._current()),
         )
+        return [Solve(question)]
 
-    def _basis(self, shape: ModelShape) -> object:
-        return basis(self._members, self._failures.barred(shape.digest))
+    def _take_answer(self, answer: Answer, now: float) -> list[Note]:
+        """What the planner says, unless something else was asked since."""
+        if answer.number != self._asked or self._planned is None:
+            return []
+        self._decided, self._known = True, ()
+        if answer.plan is None:
+            return self._without(". ".join([*answer.whys.values()][:3]) or self._choice.why)
+        current = self._current()
+        if answer.kept and all(r.plan.id != answer.plan.id for r in current):
+            self._seen = self._planned = None  # it ended meanwhile: think again
+            return []
+        notes = self._roll_out(answer.plan, current, now, answer.gain)
+        return [*notes, *self._say_instead(answer.plan.shape, answer.whys)]
 
-    def _roll_out(self, plan: Plan, current: list[Running], now: float) -> list[Note]:
+    def _measuring_until(self, now: float) -> float:
+        """Until when plans wait for peers that have not measured the wanted model yet. One that
+        could be used alone waits for nobody: there is nothing to choose."""
+        shape = self.wanted
+        if shape is None:
+            return now
+        barred = self._failures.barred(shape.digest)
+        able = [p for p in self._members.here if p.engines and p.peer_id not in barred]
+        late = [p.peer_id for p in able if not measured(p, shape.digest)]
+        since = {peer_id: self._measuring.get((peer_id, shape.digest), now) for peer_id in late}
+        self._measuring = {(peer_id, shape.digest): at for peer_id, at in since.items()}
+        if len(able) < 2 or not since:
+            return now
+        return max(since.values()) + self._timing.measure_s
+
+    def _roll_out(
+        self, plan: Plan, current: list[Running], now: float, gain: str = ""
+    ) -> list[Note]:
         """Make it the next plan, unless it is what runs already."""
         same = next((r for r in current if is_same(r.plan, plan.shape, plan.split)), None)
         notes = [
@@ -288,13 +268,12 @@ class Rollout:
             for r in current
             if r is not same and not r.serves
         ]
-        cause, self._cause = self._cause or self._news(current, plan.split), ""
+        cause, self._cause = self._cause or self._news(current, plan.split, gain), ""
         if same is not None:
-            same.basis = self._basis(plan.shape)
             return notes
         self._number += 1
         state = PlanState(plan, "loading", why=f"{cause}; {plan.split.why}"[:1000])
-        self._running[plan.id] = Running(state, now, self._basis(plan.shape))
+        self._running[plan.id] = Running(state, now)
         return [*notes, Note(f"plan {plan.id} for {plan.shape.model}: {state.why}")]
 
     def _say_instead(self, shape: ModelShape, whys: Mapping[str, str]) -> list[Note]:
@@ -311,12 +290,13 @@ class Rollout:
             f"{newest} was pulled last, but {why[:700]}: serving {earlier}{shape.model}"
         )
 
-    def _news(self, current: list[Running], split: Split) -> str:
+    def _news(self, current: list[Running], split: Split, gain: str) -> str:
         """What has changed, in words, where nothing was lost."""
         if not current:
             return "all that it needs is here now"
         joined = {w.peer_id for w in split.windows}.difference(current[0].plan.ring)
-        return ", ".join(map(self._name, sorted(joined))) + " joined" if joined else "a new split"
+        names = ", ".join(map(self._name, sorted(joined)))
+        return "; ".join([f"{names} joined"] * bool(names) + [gain] * bool(gain)) or "a new split"
 
     def _without(self, why: str) -> list[Note]:
         before, self._why_none = self._why_none, why[:1000]
@@ -392,7 +372,8 @@ class Rollout:
         why_none = self._why_none
         if not why_none and not self._current():
             why_none = f"{self._cause}; planning again"
-        plans = Plans(self._term or 0, self.states, why_none[:1000])
+        measure = (self.wanted.digest,) if self.wanted else ()
+        plans = Plans(self._term or 0, self.states, why_none[:1000], measure)
         if plans == self._published and now < self._publish_at:
             return []
         self._published, self._publish_at = plans, now + self._timing.publish_s

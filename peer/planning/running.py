@@ -17,12 +17,10 @@ NUMBER_MAX = TERM_MAX - 1_000_000  # of another's plan; so many of its own a coo
 
 @dataclass(slots=True)
 class Running:
-    """A plan and what is known of its progress. since: when its phase began. basis: what it was
-    made of; None where another coordinator made it."""
+    """A plan and what is known of its progress. since: when its phase began."""
 
     state: PlanState
     since: float
-    basis: object = None
     reports: dict[str, Report] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)  # when each peer last came further
 

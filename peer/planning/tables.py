@@ -8,6 +8,7 @@ of sums folded over the rounds: a table of all (a, b) takes a few operations on 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -19,11 +20,13 @@ from peer.planning.profile import ModelShape
 
 _Number = TypeVar("_Number", np.int64, np.float64)
 
+ALL_CHOICES_WIDTH = 24  # layers of a round up to which every number of GPU layers is looked at
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """One peer's windows, [W + 1, W + 1] each: row a, column b. fits: it can have [a, b) in every
-    round. The others: see `costs.Part`; undefined where it does not fit."""
+    """One peer's windows, [..., W + 1, W + 1] each: row a, column b. fits: it can have [a, b) in
+    every round. The others: see `costs.Part`; undefined where it does not fit."""
 
     rounds: int
     fits: Flags
@@ -64,7 +67,18 @@ class Tables:
         self._allowed = _allowed(shape, rounds)
         self._weights = self._folded(np.array(shape.layer_bytes, np.int64))
         self._kv = self._folded(np.array(shape.layer_kv_bytes, np.int64) * of.size.kv_cells)
-        self.peers = tuple(self._table(able) for able in of.peers)
+
+    @cached_property
+    def peers(self) -> tuple[Table, ...]:
+        """One a peer, [W + 1, W + 1]: with as many GPU layers as fit, where the GPU is faster."""
+        return tuple(self._table(able, self._gpu_from(able)) for able in self.of.peers)
+
+    @cached_property
+    def choices(self) -> tuple[Table, ...]:
+        """One a peer, [choices, W + 1, W + 1]: with different numbers of GPU layers. Which is best
+        can depend on how long a token takes; among them it is, if a GPU is faster than the
+        processor for all kinds of layers or for none, or a round has few layers."""
+        return tuple(self._table(able, self._gpu_choices(able)) for able in self.of.peers)
 
     def windows(self, first: int, last: int) -> list[tuple[int, int]]:
         """The windows [a, b) of all rounds."""
@@ -76,13 +90,13 @@ class Tables:
         sums = each.reshape(self.rounds, self.width).sum(axis=0)
         return np.concatenate([np.zeros(1, sums.dtype), np.cumsum(sums)])
 
-    def _table(self, able: Able) -> Table:
+    def _table(self, able: Able, starts: Ints) -> Table:
+        """starts: [..., W + 1, W + 1], from which layer on the window [a, b) is on the GPU."""
         of, shape, k = self.of, self.of.shape, self.rounds
         n = self.width
         weights, kv = self._weights, self._kv
         a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
         head, tail = a == 0, b == n
-        starts = self._gpu_from(able, tail)
         on_gpu = starts < b
         end_gpu = of.tail_bytes * tail
         end_cpu = end_gpu - shape.embed_bytes * (head & tail) * shape.tied
@@ -126,15 +140,47 @@ class Tables:
             slow_s + fast_s + output_s,
         )
 
-    def _gpu_from(self, able: Able, tail: Flags) -> Ints:
+    def _gpu_from(self, able: Able) -> Ints:
         """[W + 1, W + 1] from which layer on the window [a, b) is on the GPU: as many of the last
         as there is room for, where it is the faster one; b where none is."""
+        if able.gpu is None or able.gpu.decode_s.sum() >= able.cpu.decode_s.sum():
+            return self._none
+        return self._most(able)
+
+    def _gpu_choices(self, able: Able) -> Ints:
+        """[choices, W + 1, W + 1] from which layer on the window [a, b) is on the GPU. In a wide
+        round: nowhere; as many as fit; with memory of its own, as few as leave nothing to stream;
+        else, as many as leave the processor enough to hide the streaming of what does not fit."""
         n = self.width
         a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
-        none = np.broadcast_to(b, (n + 1, n + 1))
-        if able.gpu is None or able.gpu.decode_s.sum() >= able.cpu.decode_s.sum():
-            return none
+        if able.gpu is None:
+            return self._none[None]
+        if n <= ALL_CHOICES_WIDTH:
+            return np.minimum(np.maximum(b - np.arange(n + 1)[:, None, None], a), np.maximum(a, b))
+        most, scratch = self._most(able), self.rounds * self.of.compute_bytes
+        both = self._weights + self._kv
+        ends = scratch + self.of.shape.embed_bytes * (a == 0)
+        if not able.unified:
+            room = able.ram_bytes - ends
+            other = np.searchsorted(both, both[a] + room, side="right") - 1
+        elif self.rounds > 1:  # all of what is streamed needs a buffer besides: see `costs`
+            need = both[b] - both[a] + ends + self.of.tail_bytes * (b == n)
+            kept = np.maximum(0, need - able.ram_bytes) * self.rounds // (self.rounds - 1)
+            other = np.searchsorted(self._weights, self._weights[a] + kept)
+        else:
+            return np.stack([self._none, most])
+        return np.stack([self._none, most, np.minimum(np.maximum(other, most), self._none)])
+
+    @property
+    def _none(self) -> Ints:
+        b = np.arange(self.width + 1)[None, :]
+        return np.broadcast_to(b, (self.width + 1, self.width + 1))
+
+    def _most(self, able: Able) -> Ints:
+        n = self.width
+        a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
         of, scratch = self.of, self.rounds * self.of.compute_bytes
+        tail = b == n
         both = self._weights + self._kv
         room = able.gpu_bytes - scratch - of.tail_bytes * tail
         starts = np.searchsorted(both, both[b] - room)

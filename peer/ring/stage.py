@@ -38,6 +38,7 @@ from peer.ring.frames import (
     unfinite,
 )
 from peer.ring.head import Broken, Head
+from peer.ring.paces import Paces
 from peer.ring.pipe import Pipe
 from peer.ring.sockets import BROKEN_S, LINK_S, Doorkeeper, Watch, as_client, as_server
 from peer.ring.windows import Windows
@@ -45,6 +46,7 @@ from peer.ring.windows import Windows
 log = logging.getLogger("halka.stage")
 
 _NEWS_S = 0.5  # at most so often is the agent told of numbers that grow
+_PACES_S = 2.0  # and of how long steps take
 
 
 class Stage:
@@ -80,6 +82,8 @@ class Stage:
         self.poller = zmq.Poller()
         self.last_step = 0  # of frames that came in; they come each once and in order
         self.returned = 0
+        self.paces, self.paces_at = Paces(), 0.0
+        self.computed_s = 0.0  # for the step that is under way
         self.news = StageNews("loading")
         self.told = (StageNews("loading"), 0.0)
         self.stopping = False
@@ -147,6 +151,8 @@ class Stage:
                 if head.todo:
                     run, head.todo = head.todo, None
                     self.begin_step(run)
+                elif not head.scheduler.active:
+                    self.paces.rested()
                 head.take(schedule.Tick())
             self.tell()
 
@@ -159,6 +165,8 @@ class Stage:
             waits.append(self.give_up_at - time.monotonic())
         if self.current_news() != self.told[0]:
             waits.append(self.told[1] + _NEWS_S - time.monotonic())
+        if self.paces.told != self.paces.seen:
+            waits.append(self.paces_at - time.monotonic())
         return math.ceil(max(0.0, min(waits)) * 1000) if waits else None
 
     def mind_link(self) -> None:
@@ -251,6 +259,7 @@ class Stage:
 
     def begin_step(self, run: schedule.Run) -> None:
         """The head's own first window, then on along the ring."""
+        self.paces.begun(len(run.ids), time.monotonic())
         self.windows.apply(run.ops)
         batch = Batch(run.slots, run.positions, run.outputs)
         header = FrameHeader(
@@ -265,7 +274,9 @@ class Stage:
         index = header.window
         while True:
             if header.rows:
+                began = time.monotonic()
                 x = self.windows.run(index, batch, x)
+                self.computed_s += time.monotonic() - began
             index += 1
             if index == len(self.plan.split.windows):
                 return self.finish(header, batch, x, faults)
@@ -274,14 +285,17 @@ class Stage:
         if header.rows == 0:
             x = np.empty((0, header.hidden), np.float32)
         onward = msgspec.structs.replace(header, window=index, faults=tuple(faults))
-        self.count(header)
+        if index > self.windows.mine[-1]:  # its last turn in this step
+            self.count(header)
         self.send(encode_frame(onward, pack_index(batch), x))
 
     def finish(
         self, header: FrameHeader, batch: Batch, logits: NDArray[np.float32], faults: list[Fault]
     ) -> None:
         """The tail: sample, and close the ring."""
+        began = time.monotonic()
         tokens = self.windows.sample(batch, logits, faults) if header.rows else ()
+        self.computed_s += time.monotonic() - began
         self.count(header)
         if self.head:
             self.returned = header.step
@@ -290,7 +304,9 @@ class Stage:
             self.send(encode_sampled(Sampled(self.plan.id, header.step, tokens, tuple(faults))))
 
     def count(self, header: FrameHeader) -> None:
-        """Steps and rows, for status."""
+        """Steps, rows and seconds, for status and for planning."""
+        self.paces.computed(header.rows, self.computed_s)
+        self.computed_s = 0.0
         self.news = msgspec.structs.replace(
             self.news, steps=self.news.steps + 1, tokens=self.news.tokens + header.rows
         )
@@ -311,7 +327,11 @@ class Stage:
 
     def tell(self, force: bool = False) -> None:
         """Tell the agent what changed, not too often."""
-        news, now = self.current_news(), time.monotonic()
+        now = time.monotonic()
+        if self.paces.told != self.paces.seen and now >= self.paces_at:
+            self.paces_at = now + _PACES_S
+            self.news = msgspec.structs.replace(self.news, timed=self.paces.summary())
+        news = self.current_news()
         if force or (news != self.told[0] and now >= self.told[1] + _NEWS_S):
             self.told = (news, now)
             self.pipe.tell(news)

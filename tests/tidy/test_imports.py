@@ -23,10 +23,12 @@ FREE = {
 # Decisions without I/O: time and randomness are arguments. (*: with the issue that brings it.)
 PURE = {
     "peer.cluster.membership", "peer.cluster.election",
+    "peer.cluster.probing", "peer.cluster.probing_once",
     "peer.planning.plan", "peer.planning.split", "peer.planning.cuts", "peer.planning.rollout",
     "peer.planning.choice", "peer.planning.making", "peer.planning.failures",
     "peer.planning.running", "peer.planning.duty", "peer.planning.costs",
-    "peer.planning.tables",
+    "peer.planning.tables", "peer.planning.trust", "peer.planning.wishes", "peer.planning.reasons",
+    "peer.planning.rollout_events", "peer.planning.correction", "peer.planning.abilities", "peer.ring.paces",
     "peer.ring.scheduler", "peer.ring.generation",
 }  # fmt: skip
 PURE_LATER = {"peer.planning.halda", "peer.ring.speculation"}

@@ -57,6 +57,7 @@ MEASURED_PROFILE = msgspec.structs.replace(
               prefill_s=(0.25, 0.5), prefill_tokens=512, window_s=1e-4, output_s=2e-4,
               correction=1.5),
     ),
+    unmeasured=(DIGEST,),
     links=(Link(peer_id=BOB, rtt_s=5e-4, bytes_per_s=1.25e8),),
 )  # fmt: skip
 STREAMED = PlanState(

@@ -1,0 +1,41 @@
+"""What stages really take corrects what was measured for them. Pure."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from peer.planning import costs
+from peer.planning.costs import Size
+from peer.planning.plan import Plan
+from peer.planning.profile import Profile
+from peer.planning.trust import CORRECTION
+from peer.protocol import Timed
+
+TELL = 1.1  # a factor by which a correction has to change before anybody is told
+
+
+def corrected(profile: Profile, plan: Plan, timed: Timed) -> Profile | None:
+    """This peer's profile, corrected by what its stage's steps took; None: it is right already.
+
+    timed: of the peer's own stage of the plan. Only measured speeds are corrected: what is usual
+    for a processor was never meant to be exact.
+    """
+    shape, split = plan.shape, plan.split
+    of = costs.problem([profile], shape, Size(split.context, split.kv_cells, split.batch_tokens))
+    mine = [w for w in split.windows if w.peer_id == profile.peer_id]
+    if not timed.decode_s or not mine or not of.peers:
+        return None
+    layers = mine[0].gpu_layers if mine[0].gpu_layers >= 0 else shape.layers
+    windows = [(w.first, w.last) for w in mine]
+    expected_s = costs.busy_s(of, of.peers[0], windows, layers)
+    factor = timed.decode_s / expected_s
+    if 1 / TELL < factor < TELL:
+        return None
+    backend, (low, high) = of.peers[0].backend, CORRECTION
+    speeds = tuple(
+        replace(s, correction=min(high, max(low, (s.correction or 1.0) * factor)))
+        if (s.digest, s.backend) == (shape.digest, backend)
+        else s
+        for s in profile.speeds
+    )
+    return replace(profile, speeds=speeds) if speeds != profile.speeds else None

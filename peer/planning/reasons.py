@@ -1,0 +1,128 @@
+"""A split's reasons in words: why it is as it is, who is left out, what is missing. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peer.planning import costs, halda
+from peer.planning.costs import Able, Problem, Size
+from peer.planning.halda import Ring, Wanted
+from peer.planning.profile import ModelShape, Profile
+from peer.planning.wishes import Wishes
+
+_FORCED_MAX = 6  # peers of a ring for which it is reckoned out what one more would do
+
+
+def chosen(of: Problem, ring: Ring, context_wanted: int) -> str:
+    """The split in words."""
+    shape, size, forecast = of.shape, of.size, ring.forecast
+    if len(ring.order) == 1:
+        text = f"{of.peers[ring.order[0]].profile.name} runs all {shape.layers} layers"
+    else:
+        text = f"{len(ring.order)} peers share {shape.layers} layers"
+        if ring.rounds > 1:
+            text += f" in {ring.rounds} rounds"
+    text += f", a token in {seconds(forecast.tpot_s)} by what was measured"
+    if not all(peer.measured for peer in forecast.peers):
+        text = text.replace("by what was measured", "as far as is known without measuring")
+    if streamed := sum(part.streamed_bytes for part in ring.parts):
+        text += f"; {mib(streamed)} do not stay in memory and are read from disk for each token"
+    if size.context < context_wanted:
+        text += f"; the context is {size.context} tokens, not {context_wanted}, for want of memory"
+    elif size.kv_cells < min(8 * size.context, 32768):
+        text += f"; {size.kv_cells} tokens of KV cache for all answers, for want of memory"
+    return text
+
+
+def left_out(peer_id: str, of: Problem, ring: Ring, wishes: Wishes) -> str:
+    """Why a peer that could take part has no window."""
+    shape = of.shape
+    at = next(i for i, able in enumerate(of.peers) if able.peer_id == peer_id)
+    able = of.peers[at]
+    name = able.profile.name
+    if shape.whole_why:
+        return f"{shape.model} must stay whole: {shape.whole_why}"
+    least = of.compute_bytes + min(
+        weights + of.size.kv_cells * kv
+        for weights, kv in zip(shape.layer_bytes, shape.layer_kv_bytes, strict=True)
+    )
+    has = max(able.ram_bytes, able.gpu_bytes)
+    if least > has:
+        return f"{name} has {mib(has)} free and the smallest window needs {mib(least)}"
+    if len(ring.order) < _FORCED_MAX and wishes.objective == "latency":
+        forced = _with(of, ring, at)
+        if forced is not None:
+            return (
+                f"with {name} a token would take {seconds(forced)} instead of "
+                f"{seconds(ring.forecast.tpot_s)}"
+            )
+    return f"{shape.model} cannot be cut so that {name} gets a window and a token is not slower"
+
+
+def _with(of: Problem, ring: Ring, at: int) -> float | None:
+    """Seconds of a token if this peer had to take part, too."""
+    profiles = [of.peers[i].profile for i in sorted({*ring.order, at})]
+    smaller = costs.problem(profiles, of.shape, of.size)
+    forced = halda.solve(smaller, Wanted(everyone=True))
+    return forced.forecast.tpot_s if forced else None
+
+
+def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wishes) -> str:
+    """What is missing for the smallest size, and the smallest thing that would help."""
+    of = costs.problem(able, shape, size)
+    largest = max(of.peers, key=lambda a: (_room(a), a.peer_id))
+    name, has = largest.profile.name, _room(largest)
+    compute, logits = of.compute_bytes, of.logits_bytes
+    whole = shape.window_bytes(0, shape.layers) + compute + logits
+    whole += size.kv_cells * sum(shape.layer_kv_bytes)
+    if wishes.pinned or wishes.rounds:
+        return (
+            f"{shape.model} fits into no ring with the windows or rounds that are asked for: leave "
+            "one of them out"
+        )
+    if shape.whole_why:
+        return (
+            f"{shape.model} must stay whole ({shape.whole_why}) and needs {mib(whole)}; {name}, "
+            f"which has most, has {mib(has)}: {mib(whole - has)} are missing there. Free memory "
+            f"on {name} or pull a smaller model"
+        )
+    free = sum(max(0, _room(a) - compute) for a in of.peers)
+    wanted = whole - compute
+    if wanted > free:
+        disk = "" if any(a.disk_bytes_per_s for a in of.peers) else _DISKS
+        return (
+            f"{shape.model} needs {mib(wanted)} for its weights and {size.context} tokens of "
+            f"context; {count(len(of.peers), 'peer')} here can give {mib(free)}: "
+            f"{mib(wanted - free)} are missing{disk}. Free that much on {name}, start another "
+            "peer, or pull a smaller model"
+        )
+    return (
+        f"{shape.model} fits into the peers' memory together, but not at the layers where "
+        f"{shape.architecture} may be cut. Free {mib(max(1, whole - has))} on {name}, which could "
+        "then run it alone, or start another peer"
+    )
+
+
+_DISKS = ", and no peer's disk is known to be fast enough to read them again for each token"
+
+
+def _room(able: Able) -> int:
+    """Bytes that a stage on this peer could use in all."""
+    return able.ram_bytes + (0 if able.unified else able.gpu_bytes)
+
+
+def seconds(value: float) -> str:
+    """3.2 ms, 41 ms, 2.4 s."""
+    if value < 0.01:
+        return f"{value * 1e3:.1f} ms"
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def count(number: int, noun: str) -> str:
+    """1 peer, 2 peers."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def mib(size: int) -> str:
+    """Rounded up, so that what is missing is never called 0."""
+    return f"{-(-size // (1 << 20)):,} MiB"

@@ -1,0 +1,51 @@
+"""What a stage's steps take: medians of the latest, cheap enough to be kept always. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+from peer.protocol import Timed
+
+_KEPT = 64  # steps of each kind
+_LEAST = 8  # steps before a median is worth telling
+PREFILL_ROWS = 64  # in shorter steps the fixed costs count too much to tell a row's
+
+
+class Paces:
+    """The latest steps of this stage. `told`: of how many the last summary was made."""
+
+    def __init__(self) -> None:
+        self._decode: deque[float] = deque(maxlen=_KEPT)
+        self._prefill: deque[float] = deque(maxlen=_KEPT)
+        self._tokens: deque[float] = deque(maxlen=_KEPT)
+        self._begun: float | None = None
+        self.seen = self.told = 0
+
+    def computed(self, rows: int, seconds: float) -> None:
+        """All of this stage's windows took so long for a step of so many rows."""
+        self.seen += 1
+        if rows == 1:
+            self._decode.append(seconds)
+        elif rows >= PREFILL_ROWS:
+            self._prefill.append(seconds / rows)
+
+    def begun(self, rows: int, now: float) -> None:
+        """The head begins a step. Two of one row in a row are a token apart."""
+        if rows == 1 and self._begun is not None:
+            self._tokens.append(now - self._begun)
+        self._begun = now if rows == 1 else None
+
+    def rested(self) -> None:
+        """The head has nothing to do: the next step does not follow on the last."""
+        self._begun = None
+
+    def summary(self) -> Timed:
+        """Medians; 0 where too few steps were seen."""
+        self.told = self.seen
+        return Timed(_middle(self._decode, _LEAST), _middle(self._prefill, 1),
+                     _middle(self._tokens, _LEAST))  # fmt: skip
+
+
+def _middle(samples: deque[float], least: int) -> float:
+    return median(samples) if len(samples) >= least else 0.0
