@@ -183,7 +183,7 @@ def _gain(question: Question, now: Plan, made: Plan) -> str:
         return trust.fault(wrong)
     if any(profile.spread_all for profile in profiles) and set(made.ring) > set(now.ring):
         return "every peer takes part"
-    before, after = _as_it_runs(profiles, now), costs.forecast(profiles, made.shape, made.split)
+    before, after = as_it_runs(profiles, now), costs.forecast(profiles, made.shape, made.split)
     if before is None:
         return "the plan of now does not fit any more"
     if after is None:
@@ -201,7 +201,7 @@ def _cost_s(forecast: Forecast, objective: str) -> float:
     return forecast.stage_s if objective == "throughput" else forecast.tpot_s
 
 
-def _as_it_runs(profiles: Sequence[Profile], plan: Plan) -> Forecast | None:
+def as_it_runs(profiles: Sequence[Profile], plan: Plan) -> Forecast | None:
     """The forecast of a plan that is loaded already: what its peers have free now is what they have
     besides, so their memory is not asked for; only what is read from disk depends on it."""
     if not any(window.streamed_bytes for window in plan.split.windows):
