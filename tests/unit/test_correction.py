@@ -1,0 +1,55 @@
+"""Stages' real times correct what was measured, and only what was measured."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from peer.planning import costs
+from peer.planning.correction import corrected
+from peer.planning.plan import Plan, PlanId, PlanWindow, Split
+from peer.planning.profile import Profile, Speed
+from peer.protocol import Timed
+from tests.coordinator import A, B, profile, shape
+
+MODEL = shape()
+SPEED = Speed(MODEL.digest, "fake", "cpu", 4, (1e-3,), (0.1,), 512, 2e-4, 3e-4)
+MINE = profile(A, speeds=(SPEED, replace(SPEED, digest="9" * 64)))
+PLAN = Plan(
+    PlanId(1, 1),
+    A,
+    MODEL,
+    Split((PlanWindow(A, 0, 8, "fake"), PlanWindow(B, 8, 12, "fake")), 512, 512, 8, 512),
+)
+
+
+def expected_s(of: Profile) -> float:
+    found = costs.forecast([of, profile(B)], MODEL, PLAN.split)
+    assert found is not None
+    return found.peers[0].decode_s
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5, 3.0])
+def test_after_a_correction_the_forecast_is_what_was_seen(factor: float) -> None:
+    seen_s = expected_s(MINE) * factor
+    after = corrected(MINE, PLAN, Timed(decode_s=seen_s))
+    assert after is not None
+    assert expected_s(after) == pytest.approx(seen_s)
+    assert after.speeds[0].correction == pytest.approx(factor)
+    assert after.speeds[1] == MINE.speeds[1], "another model's speed"
+    assert corrected(after, PLAN, Timed(decode_s=seen_s)) is None
+
+
+def test_small_deviations_and_silence_change_nothing() -> None:
+    assert corrected(MINE, PLAN, Timed(decode_s=expected_s(MINE) * 1.05)) is None
+    assert corrected(MINE, PLAN, Timed(tpot_s=1.0)) is None
+
+
+def test_what_is_usual_is_not_corrected() -> None:
+    assert corrected(profile(A), PLAN, Timed(decode_s=1.0)) is None
+
+
+def test_a_stage_that_stood_still_does_not_make_its_peer_absurd() -> None:
+    after = corrected(MINE, PLAN, Timed(decode_s=1e6))
+    assert after is not None
+    assert after.speeds[0].correction == 100.0

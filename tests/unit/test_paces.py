@@ -1,0 +1,51 @@
+"""Medians of steps: of one row, of long ones, and from token to token of an answer alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from peer.ring.paces import PREFILL_ROWS, Paces
+
+
+def test_medians_of_each_kind_of_step() -> None:
+    paces = Paces()
+    for seconds in (1.0, 2.0, 3.0, 100.0, 2.0, 2.0, 2.0, 1.0, 3.0):
+        paces.computed(1, seconds)
+    paces.computed(PREFILL_ROWS * 2, PREFILL_ROWS * 4.0)
+    paces.computed(3, 1e6)  # neither
+    said = paces.summary()
+    assert said.decode_s == 2.0
+    assert said.prefill_s == 2.0
+
+
+def test_nothing_is_said_after_a_few_steps_only() -> None:
+    paces = Paces()
+    for _ in range(3):
+        paces.computed(1, 1.0)
+        paces.begun(1, 1.0)
+    assert paces.summary().decode_s == 0.0
+    assert paces.summary().tpot_s == 0.0
+
+
+def test_tokens_are_apart_what_lies_between_steps_of_one_row_that_follow_each_other() -> None:
+    paces, now = Paces(), 0.0
+    for _ in range(10):
+        paces.begun(1, now)
+        now += 0.5
+    paces.rested()  # the answer ended; the next one comes much later
+    now += 1000
+    for _ in range(10):
+        paces.begun(1, now)
+        now += 0.5
+    paces.begun(200, now)  # a prompt between tokens
+    now += 99
+    paces.begun(1, now)
+    assert paces.summary().tpot_s == pytest.approx(0.5)
+
+
+def test_a_summary_is_wanted_again_only_after_new_steps() -> None:
+    paces = Paces()
+    paces.computed(1, 1.0)
+    assert paces.told != paces.seen
+    paces.summary()
+    assert paces.told == paces.seen
