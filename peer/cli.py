@@ -26,6 +26,14 @@ EPILOG = """first time:  halka run            (in one terminal, on each machine)
 exit codes:  0 ok, 1 failure, 2 usage or settings, 3 agent not running, 4 degraded"""
 
 
+PLAN_EPILOG = """examples:  halka plan --with desk:memory=+8GiB
+           halka plan --without attic --link mini=1gbit
+           halka plan --profiles home.toml --model 70B:q4_k_m
+A file of profiles has [[peer]] tables: name, memory="12GiB", cores, cpu_bandwidth="40GB/s",
+cpu_flops="500G", gpu="cuda", gpu_memory="8GiB", gpu_bandwidth="200GB/s", gpu_flops="8T",
+unified=true, disk="2GB/s", link="1gbit", rtt="0.4ms"; and [[link]]: from, to, bandwidth, rtt."""
+
+
 def entry() -> None:
     """The installed command."""
     sys.exit(main(sys.argv[1:]))
@@ -106,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     _as_json(_word(words, "models", "which models are here"))
     pull = _word(words, "pull", "get a model: a GGUF file, or smollm2")
     pull.add_argument("model", help="path of a GGUF file, or smollm2 (a small one, to try halka)")
-    _as_json(_word(words, "plan", "who runs which layers, and why"))
+    _plan(_word(words, "plan", "who runs which layers, and why; what if"))
     return top
 
 
@@ -151,6 +159,36 @@ def _chat(word: argparse.ArgumentParser) -> None:
     add("--max-tokens", metavar="N", type=int, help="of the answer at most")
     add("--seed", metavar="N", type=int, help="the same seed gives the same answer")
     add("--stats", action="store_true", help="print TTFT and TPOT after the answer")
+
+
+def _plan(word: argparse.ArgumentParser) -> None:
+    _as_json(word)
+    word.formatter_class = argparse.RawDescriptionHelpFormatter
+    word.epilog = PLAN_EPILOG
+    if_ = word.add_argument_group("what if (nothing is changed; all but the numbers repeatable)")
+    add = if_.add_argument
+    add(
+        "--with",
+        dest="with_",
+        metavar="NAME[:CHANGE]",
+        action="append",
+        help="memory=+8GiB, gpu_memory=8GiB, disk=2GB/s, speed=x2; without CHANGE, one of FILE",
+    )
+    add("--without", metavar="NAME", action="append", help="a peer were not there")
+    add("--only", metavar="NAME,…", action="append", help="only these took part")
+    add(
+        "--link",
+        metavar="NAME=RATE",
+        action="append",
+        help="a peer's own cable: 1gbit, 5ms (the round trip), or 100mbit,5ms",
+    )
+    add("--window", metavar="NAME=0-11", action="append", help="a peer ran just these layers")
+    add("--rounds", metavar="N", type=int, help="so many rounds")
+    add("--objective", choices=("latency", "throughput"), help="of one answer, or of many at once")
+    add("--context", metavar="TOKENS", type=int, help="so long a context")
+    add("--model", metavar="MODEL", help="its id, a GGUF file, or SIZE:QUANT such as 70B:q4_k_m")
+    add("--profiles", metavar="FILE", help="plan off line, with peers from TOML or saved JSON")
+    add("--save", metavar="FILE", help="write all that is planned with, as JSON for --profiles")
 
 
 def _as_json(word: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -10,8 +11,10 @@ import msgspec
 
 from peer import VERSION
 from peer.agent import Agent
-from peer.planning.plan import PlanState
+from peer.planning import making, split
+from peer.planning.plan import Forecast, PlanState
 from peer.protocol import PROTOCOL, Report
+from peer.words.basis import Basis, KnownModel, TimedPeer, TimedRing
 from peer.words.state import (
     Answers,
     ClusterState,
@@ -64,11 +67,63 @@ def status(agent: Agent, started: float, http: str) -> dict[str, Any]:
 
 
 def plan(agent: Agent) -> dict[str, Any] | None:
-    """The plan that serves, else the one that is under way, with its phase."""
+    """The plan that serves, else the one that is under way: with its phase, what it would take by
+    the profiles of now, and what it really took."""
     shown = _shown(agent)
     if shown is None:
         return None
-    return {"phase": shown.phase, "why": shown.why, **msgspec.to_builtins(shown.plan)}
+    return {
+        "phase": shown.phase,
+        "why": shown.why,
+        **msgspec.to_builtins(shown.plan),
+        "forecast": msgspec.to_builtins(_forecast(agent, shown)),
+        "timed": msgspec.to_builtins(_timed(agent, shown)),
+    }
+
+
+def profiles(agent: Agent) -> dict[str, Any]:
+    """All that a plan is made of, as plain values; the shape is `words.basis.Basis`."""
+    shown = _shown(agent)
+    present = [agent.me, *agent.cluster.members]
+    models: dict[str, KnownModel] = {}
+    for peer_id in present:
+        for offer in agent.offers.get(peer_id, ()):
+            known = models.setdefault(offer.shape.digest, KnownModel(offer.shape))
+            known.held[peer_id] = offer.parts
+    shape = shown.plan.shape if shown else None
+    served = models.get(shape.digest) if shape else None
+    return msgspec.to_builtins(  # type: ignore[no-any-return]
+        Basis(
+            profiles=tuple(agent.profiles[p] for p in present if p in agent.profiles),
+            shape=shape,
+            held=served.held if served else {},
+            timed=_timed(agent, shown) if shown else TimedRing(),
+            plan=shown.plan if shown else None,
+            coordinator=agent.cluster.coordinator,
+            models=tuple(models.values()),
+        )
+    )
+
+
+def _forecast(agent: Agent, shown: PlanState) -> Forecast | None:
+    """None where the profiles of now do not allow the plan, or are not known."""
+    plan = shown.plan
+    if split.unusable(plan.shape):
+        return None
+    known = [agent.profiles[p] for p in plan.ring if p in agent.profiles]
+    found = making.as_it_runs(known, plan)
+    return found if found and math.isfinite(found.tpot_s + found.ttft_s) else None
+
+
+def _timed(agent: Agent, shown: PlanState) -> TimedRing:
+    """What the stages said; others' words reach only the coordinator."""
+    reports = {p: _report(agent, p, shown) for p in shown.plan.ring}
+    timed = {p: told.timed for p, told in reports.items() if told and told.timed}
+    head = timed.get(shown.plan.head)
+    return TimedRing(
+        head.tpot_s if head else 0.0,
+        {p: TimedPeer(took.decode_s, took.prefill_s) for p, took in timed.items()},
+    )
 
 
 def _shown(agent: Agent) -> PlanState | None:

@@ -112,6 +112,9 @@ class FakeService:
     def plan(self) -> Mapping[str, Any] | None:
         return self.the_plan
 
+    def profiles(self) -> Mapping[str, Any]:
+        return {"profiles": []}
+
 
 @asynccontextmanager
 async def serving(service: FakeService, **limits: Any) -> AsyncIterator[Server]:

@@ -47,6 +47,7 @@ class Server:
                 web.get("/health", self._health),
                 web.get("/halka/status", self._status),
                 web.get("/halka/plan", self._plan),
+                web.get("/halka/profiles", self._profiles),
             ]
         )
         # A client that leaves must end its answer at once, streamed or not.
@@ -126,7 +127,7 @@ class Server:
             "api": f"{self.url}/v1",
             "models": [model.id for model in self._service.models()],
             "paths": ["/v1/chat/completions", "/v1/completions", "/v1/models", "/health",
-                      "/halka/status", "/halka/plan"],
+                      "/halka/status", "/halka/plan", "/halka/profiles"],
         }  # fmt: skip
         return _plain(page)
 
@@ -142,6 +143,9 @@ class Server:
 
     async def _plan(self, request: web.Request) -> web.Response:
         return _plain(self._service.plan())  # null where there is none: status says why
+
+    async def _profiles(self, request: web.Request) -> web.Response:
+        return _plain(self._service.profiles())
 
 
 def _plain(value: Any, status: int = 200) -> web.Response:

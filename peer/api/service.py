@@ -91,3 +91,7 @@ class Service(Protocol):
     def plan(self) -> Mapping[str, Any] | None:
         """What `halka plan --json` prints; None while there is no plan."""
         ...
+
+    def profiles(self) -> Mapping[str, Any]:
+        """All that a plan is made of; what `halka plan --save` writes. Plain values."""
+        ...

@@ -87,6 +87,33 @@ def import_gguf(path: Path, store: Store, progress: Progress | None = None) -> M
     return manifest
 
 
+def import_head(path: Path, root: Path) -> Path:
+    """Put a model's head.gguf and a manifest into a new folder of `root`, and no weights: enough
+    for its shape. Hashes, and so the digest, are not those that an import of the weights gives.
+
+    Raises: ModelError. Reads the header only, however large the file is.
+    """
+    source = _read(path)
+    groups = _grouped(source)
+    unhashed = hashlib.sha256().hexdigest()
+    copied = _Copied(source.header_bytes, lambda done, of: None)
+    with disk.clear_errors(root):
+        incoming = root / "incoming"
+        incoming.mkdir()
+        parts = [_write_head(incoming, source, groups.pop("head", ()), copied)]
+        for name in sorted(groups, key=_rank):
+            entries = _entries(groups[name], 0)
+            weight = sum(gguf.aligned(entry.size) for entry in entries)
+            region = region_bytes(source.architecture, entries)
+            parts.append(PartEntry(name, weight, unhashed, region, entries))
+        infos = tuple(t.info for t in source.tensors)
+        name = model_id(source.metadata, infos, source.stem)
+        manifest = Manifest(FORMAT, name, source.architecture, source.layers, tuple(parts))
+        decode_manifest(manifest.data)
+        (incoming / "manifest.json").write_bytes(manifest.data)
+        return incoming.rename(root / manifest.digest)
+
+
 def _read(path: Path) -> _Source:
     if not path.exists():
         raise ModelError(f"there is no file {path}")

@@ -1,4 +1,8 @@
-"""`halka plan`: who runs which layers with what memory, and why the other peers do not."""
+"""`halka plan`: who runs which layers with what memory, how fast, and why the other peers do not.
+
+Without flags it shows the plan that runs. With "what if" flags, or with saved profiles, it plans
+in this process: `words.planning` has that, and is loaded only then.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,35 @@ from argparse import Namespace
 import msgspec
 
 from peer.errors import CommandError
-from peer.planning.plan import Plan
-from peer.words import ring
+from peer.planning.plan import Forecast, Plan
+from peer.words import forecast
 from peer.words.agent import Agent
-from peer.words.screen import Screen, count, say, size
+from peer.words.basis import TimedRing
+from peer.words.forecast import Seen
+from peer.words.screen import Screen, say, size
 from peer.words.state import PeerState, Status
 
+PLANNED = (
+    "with_", "without", "only", "link", "window", "rounds", "objective", "context", "model",
+    "profiles", "save",
+)  # fmt: skip
+"""Flags that ask for more than the plan that runs."""
 
-class Phase(msgspec.Struct, frozen=True):
+
+class Shown(msgspec.Struct, frozen=True):
     """What the agent adds to the plan's own fields."""
 
     phase: str = ""
+    forecast: Forecast | None = None
+    timed: TimedRing = TimedRing()
 
 
 def command(args: Namespace) -> int:
     """Returns 0, or 4 where there is no plan. Raises: CommandError."""
+    if any(getattr(args, flag, None) not in (None, []) for flag in PLANNED):
+        from peer.words import planning
+
+        return planning.command(args)
     agent = Agent(args.home, args.http)
     code, data = agent.get("/halka/plan")
     if code != 200:
@@ -39,7 +57,7 @@ def command(args: Namespace) -> int:
     if plan is None:
         say("\n".join(none(status, screen)))
         return 4
-    say("\n".join(lines(plan, agent.read(data, Phase).phase, status, screen)))
+    say("\n".join(lines(plan, agent.read(data, Shown), status, screen)))
     return 0
 
 
@@ -52,66 +70,54 @@ def none(status: Status, screen: Screen) -> list[str]:
     return [*screen.wrap(f"There is no plan for {model.id}: {why}", ""), "See: halka status"]
 
 
-def lines(plan: Plan, phase: str, status: Status, screen: Screen) -> list[str]:
+def lines(plan: Plan, shown: Shown, status: Status, screen: Screen) -> list[str]:
     """The plan in words, with the ring drawn."""
-    split, shape = plan.split, plan.shape
-    labels = status.labels()
-    states = {peer.peer_id: peer for peer in status.peers}
-
-    def name(peer_id: str) -> str:
-        return labels.get(peer_id, peer_id[:8])
-
-    dot = screen.pick(" · ", ", ")
-    rounds = len(split.windows) // len(plan.ring)
-    facts = [
-        count(shape.layers, "layer"), count(len(plan.ring), "peer"), count(rounds, "round"),
-        f"{split.context} tokens of context", count(split.slots, "slot"),
-    ]  # fmt: skip
+    seen = Seen(
+        plan.shape,
+        plan.split,
+        shown.forecast,
+        shown.timed,
+        labels=status.labels(),
+        gpus=_gpus(plan, status),
+        usage={p: _usage(p, status) for p in plan.ring},
+    )
     out = [
-        screen.paint(f"Plan {plan.id} for {screen.clean(shape.model)}", "bold")
-        + f", {screen.clean(phase or 'not served')}",
-        f"  {dot.join(facts)}",
-        f"  made by {screen.clean(name(plan.coordinator))}",
+        screen.paint(f"Plan {plan.id} for {screen.clean(plan.shape.model)}", "bold")
+        + f", {screen.clean(shown.phase or 'not served')}",
+        f"  {forecast.facts(seen, screen)}",
+        f"  made by {screen.clean(seen.name(plan.coordinator))}",
     ]
-    if split.why:
-        out += screen.wrap(split.why, "  ")
-    rows = [
-        ring.Row(
-            name=name(peer_id),
-            windows=tuple((w.first, w.last) for w in split.windows if w.peer_id == peer_id),
-            phase=_role(plan, peer_id),
-            right=size(_memory(plan, peer_id)),
-        )
-        for peer_id in plan.ring
-    ]
-    out += ["", *ring.draw(screen, shape.layers, rows), ""]
-    for peer_id in plan.ring:
-        out += screen.wrap(_peer(plan, peer_id, name(peer_id), states), "  ", "    ")
-    if split.left_out:
-        out += ["", "Without layers"]
-        for left in split.left_out:
-            out += screen.wrap(f"{name(left.peer_id)}: {left.why}", "  ", "    ")
-    return out
+    if plan.split.why:
+        out += screen.wrap(plan.split.why, "  ")
+    return [*out, *body(seen, screen)]
 
 
-def _role(plan: Plan, peer_id: str) -> str:
-    head, tail = peer_id == plan.head, peer_id == plan.tail
-    return "head and tail" if head and tail else "head" if head else "tail" if tail else ""
+def body(seen: Seen, screen: Screen) -> list[str]:
+    """Times, picture and peers of a split."""
+    times = forecast.times(seen, screen)
+    return [
+        *(["", *times] if times else []),
+        "", *forecast.picture(seen, screen), "", *forecast.peers(seen, screen),
+    ]  # fmt: skip
 
 
-def _memory(plan: Plan, peer_id: str) -> int:
-    """Bytes that the planner predicts; where it does not, the weights alone."""
-    mine = [w for w in plan.split.windows if w.peer_id == peer_id]
-    predicted = sum(w.memory_bytes for w in mine)
-    return predicted or sum(plan.shape.window_bytes(w.first, w.last) for w in mine)
+def _gpus(plan: Plan, status: Status) -> dict[str, tuple[str, str]]:
+    """(device, kind) of the GPU that a peer's windows can use."""
+    engines = {window.peer_id: window.backend for window in plan.split.windows}
+    return {
+        peer.peer_id: (engine.device, engine.kind)
+        for peer in status.peers
+        for engine in reversed(peer.engines)
+        if engine.kind not in ("cpu", "") and engine.backend == engines.get(peer.peer_id)
+    }
 
 
-def _peer(plan: Plan, peer_id: str, name: str, states: dict[str, PeerState]) -> str:
-    engines = dict.fromkeys(w.backend for w in plan.split.windows if w.peer_id == peer_id)
-    text = f"{name}: {'+'.join(engines)}, planned {size(_memory(plan, peer_id))}"
-    state = states.get(peer_id)
+def _usage(peer_id: str, status: Status) -> str:
+    """What a stage really uses, and what there is."""
+    state: PeerState | None = next((p for p in status.peers if p.peer_id == peer_id), None)
     if state is None:
-        return f"{text}, not seen now"
+        return ", not seen now"
+    text = ""
     if state.memory_bytes:
         text += (
             f", used {size(state.memory_bytes)} (weights {size(state.weights_bytes)}, "

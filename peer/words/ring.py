@@ -20,7 +20,10 @@ _STYLE = {"serving": "green", "failed": "red", "fetching": "yellow", "loading": 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One peer of the ring. `windows`: [first, last) in rounds' order; `done`: 0 to 1."""
+    """One peer of the ring. `windows`: [first, last) in rounds' order; `done`: 0 to 1.
+
+    gpu: of the windows, the stretches on a GPU; streamed: those that do not stay in memory.
+    """
 
     name: str
     windows: tuple[tuple[int, int], ...]
@@ -28,6 +31,8 @@ class Row:
     done: float = 1.0
     right: str = ""
     why: str = ""
+    gpu: tuple[tuple[int, int], ...] = ()
+    streamed: tuple[tuple[int, int], ...] = ()
 
 
 def draw(screen: Screen, layers: int, rows: Sequence[Row]) -> list[str]:
@@ -55,6 +60,28 @@ def draw(screen: Screen, layers: int, rows: Sequence[Row]) -> list[str]:
         if row.why:
             lines += screen.wrap(row.why, "       ")
     return lines
+
+
+def legend(screen: Screen, rows: Sequence[Row]) -> list[str]:
+    """What the bars are made of, where it is more than one thing."""
+    kinds = []
+    if any(_layers(row.windows) > _layers(row.gpu + row.streamed) for row in rows):
+        kinds.append(f"{_glyph(screen, 'cpu')} on the CPU")
+    if any(row.gpu for row in rows):
+        kinds.append(f"{_glyph(screen, 'gpu')} on a GPU")
+    if any(row.streamed for row in rows):
+        kinds.append(f"{_glyph(screen, 'streamed')} read from disk again for each token")
+    plain = not any(row.gpu or row.streamed for row in rows)
+    return [] if plain else [screen.paint(f"     {'   '.join(kinds)}", "dim")]
+
+
+def _layers(stretches: Sequence[tuple[int, int]]) -> int:
+    return sum(last - first for first, last in stretches)
+
+
+def _glyph(screen: Screen, kind: str) -> str:
+    fine, plain = {"cpu": ("█", "#"), "gpu": ("▓", "@"), "streamed": ("░", "%")}[kind]
+    return screen.pick(fine, plain)
 
 
 def spans(screen: Screen, windows: Sequence[tuple[int, int]]) -> str:
@@ -86,12 +113,18 @@ def _edge(screen: Screen, index: int, count: int) -> str:
 
 def _bar(screen: Screen, layers: int, row: Row, width: int, colour: str) -> str:
     """Cells of the model's length: this peer's own filled as far as they are done."""
-    full, part, empty = screen.pick("█", "#"), screen.pick("▒", "-"), screen.pick("·", ".")
+    full, part, empty = _glyph(screen, "cpu"), screen.pick("▒", "-"), screen.pick("·", ".")
     cells = [empty] * width
+    other = {
+        cell: _glyph(screen, kind)
+        for kind, stretches in (("gpu", row.gpu), ("streamed", row.streamed))
+        for stretch in stretches
+        for cell in _cells(stretch, layers, width)
+    }
     own = sorted({cell for window in row.windows for cell in _cells(window, layers, width)})
     filled = round(len(own) * max(0.0, min(1.0, row.done)))
     for index, cell in enumerate(own):
-        cells[cell] = full if index < filled else part
+        cells[cell] = other.get(cell, full) if index < filled else part
     return "".join(
         screen.paint("".join(run), "dim" if glyph == empty else colour)
         for glyph, run in groupby(cells)

@@ -121,6 +121,17 @@ def size(count_bytes: float) -> str:
     return f"{count_bytes / 1024:.1f} TiB"
 
 
+def moment(seconds: float) -> str:
+    """Seconds for people where they are few: 0.31 ms, 8.9 ms, 412 ms, 2.4 s, 3 min 20 s."""
+    if seconds >= 59.95:
+        return duration(seconds)
+    if seconds >= 0.9995:
+        return f"{seconds:.1f} s"
+    thousandths = seconds * 1e3
+    digits = 0 if thousandths >= 99.5 else 1 if thousandths >= 0.995 else 2
+    return f"{thousandths:.{digits}f} ms"
+
+
 def duration(seconds: float) -> str:
     """Seconds for people, in the two largest units: 4 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
     whole = max(0, int(seconds))
