@@ -34,37 +34,32 @@ def chosen(of: Problem, ring: Ring, context_wanted: int) -> str:
     return text
 
 
-def left_out(peer_id: str, of: Problem, ring: Ring, wishes: Wishes) -> str:
-    """Why a peer that could take part has no window."""
-    shape = of.shape
-    at = next(i for i, able in enumerate(of.peers) if able.peer_id == peer_id)
-    able = of.peers[at]
-    name = able.profile.name
+def left_out(
+    profile: Profile, ring_of: Sequence[Profile], of: Problem, ring: Ring, wishes: Wishes
+) -> str:
+    """Why a peer that could take part has no window. ring_of: those that have one."""
+    shape, name = of.shape, profile.name
     if shape.whole_why:
         return f"{shape.model} must stay whole: {shape.whole_why}"
-    least = of.compute_bytes + min(
-        weights + of.size.kv_cells * kv
-        for weights, kv in zip(shape.layer_bytes, shape.layer_kv_bytes, strict=True)
-    )
-    has = max(able.ram_bytes, able.gpu_bytes)
+    smaller = costs.problem(sorted([*ring_of, profile], key=lambda p: p.peer_id), shape, of.size)
+    able = next(a for a in smaller.peers if a.peer_id == profile.peer_id)
+    least, has = least_bytes(of), max(able.ram_bytes, able.gpu_bytes)
     if least > has:
         return f"{name} has {mib(has)} free and the smallest window needs {mib(least)}"
-    if len(ring.order) < _FORCED_MAX and wishes.objective == "latency":
-        forced = _with(of, ring, at)
+    if len(ring_of) < _FORCED_MAX and wishes.objective == "latency":
+        forced = halda.solve(smaller, Wanted(everyone=True))
         if forced is not None:
             return (
-                f"with {name} a token would take {seconds(forced)} instead of "
+                f"with {name} a token would take {seconds(forced.forecast.tpot_s)} instead of "
                 f"{seconds(ring.forecast.tpot_s)}"
             )
     return f"{shape.model} cannot be cut so that {name} gets a window and a token is not slower"
 
 
-def _with(of: Problem, ring: Ring, at: int) -> float | None:
-    """Seconds of a token if this peer had to take part, too."""
-    profiles = [of.peers[i].profile for i in sorted({*ring.order, at})]
-    smaller = costs.problem(profiles, of.shape, of.size)
-    forced = halda.solve(smaller, Wanted(everyone=True))
-    return forced.forecast.tpot_s if forced else None
+def least_bytes(of: Problem) -> int:
+    """What a window of one layer needs at least."""
+    each = zip(of.shape.layer_bytes, of.shape.layer_kv_bytes, strict=True)
+    return of.compute_bytes + min(weights + of.size.kv_cells * kv for weights, kv in each)
 
 
 def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wishes) -> str:

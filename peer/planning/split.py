@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peer.errors import NoPlan
-from peer.planning import baselines, costs, halda, reasons, trust
+from peer.planning import coarse, costs, halda, reasons, trust
 from peer.planning.costs import Problem, Size
 from peer.planning.halda import Ring, Wanted
 from peer.planning.plan import LeftOut, PlanWindow, Split
@@ -26,7 +26,7 @@ CONTEXT_GOOD = 8192  # tokens; so much is not given up for speed
 CONTEXT_LEAST = 512  # tokens; with less there is no use in answering
 CONTEXT_WORTH = 1.1  # a longer context may take so many times as long a token
 BYTES_MAX = 1 << 60  # the bound of `Bytes`: no sum beyond it can be told to a peer
-_CELLS_MAX = 4_000_000  # windows of all peers that are looked at: 0.2 GiB of tables
+_WINDOWS_MAX = 1_200_000  # of all peers that are looked at: some 0.3 GiB of tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,9 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     of = _with_more_cells(found)
     windows = _windows(of, found.ring)
     busy = {window.peer_id for window in windows}
+    taking_part = [p for p in able if p.peer_id in busy]
     left_out += [
-        LeftOut(p.peer_id, reasons.left_out(p.peer_id, found.of, found.ring, wishes)[:1000])
+        LeftOut(p.peer_id, reasons.left_out(p, taking_part, found.of, found.ring, wishes)[:1000])
         for p in able
         if p.peer_id not in busy
     ]
@@ -152,8 +153,18 @@ class _Search:
 
     def best(self) -> _Found | None:
         """Everyone where that is wanted and possible; else whoever is best."""
-        everyone = self._wishes.spread_all and len(self._able) <= self._shape.layers
-        return (self._choose(True) if everyone else None) or self._choose(False)
+        return (self._choose(True) if self._everyone else None) or self._choose(False)
+
+    @property
+    def _everyone(self) -> list[Profile]:
+        """Whom to give a layer for the sake of it: all that could hold one; [] where it is not
+        wanted, or there are not layers enough."""
+        if not self._wishes.spread_all:
+            return []
+        of = costs.problem(self._able, self._shape, self.smallest)
+        least = reasons.least_bytes(of)
+        can = [a.profile for a in of.peers if max(a.ram_bytes, a.gpu_bytes) >= least]
+        return can if len(can) <= self._shape.layers else []
 
     def _choose(self, everyone: bool) -> _Found | None:
         """The longest context that is worth its time. Weights are read from disk for each token
@@ -176,15 +187,16 @@ class _Search:
     def _at(self, context: int, everyone: bool) -> _Found | None:
         key = context, everyone
         if key not in self._known:
-            of = costs.problem(self._able, self._shape, _size(context))
+            peers = self._everyone if everyone else self._able
+            of = costs.problem(peers, self._shape, _size(context))
             ring = self._ring(of, everyone)
             self._known[key] = _Found(of, ring) if ring else None
         return self._known[key]
 
     def _ring(self, of: Problem, everyone: bool) -> Ring | None:
         wishes, shape = self._wishes, self._shape
-        if len(of.peers) * (shape.layers + 1) ** 2 > _CELLS_MAX:
-            return baselines.memory_proportional(of)  # no model has so many layers
+        if len(of.peers) * (shape.layers + 1) ** 2 > _WINDOWS_MAX:
+            return coarse.in_proportion(of, everyone)
         index = {able.peer_id: i for i, able in enumerate(of.peers)}
         missing = np.zeros((len(of.peers), shape.layers))
         for peer_id, parts in wishes.held.items():

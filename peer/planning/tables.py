@@ -75,9 +75,10 @@ class Tables:
 
     @cached_property
     def choices(self) -> tuple[Table, ...]:
-        """One a peer, [choices, W + 1, W + 1]: with different numbers of GPU layers. Which is best
-        can depend on how long a token takes; among them it is, if a GPU is faster than the
-        processor for all kinds of layers or for none, or a round has few layers."""
+        """One a peer, [choices, W + 1, W + 1]: with different numbers of GPU layers: which is
+        best can depend on how long a token takes. All numbers where a round has few layers; where
+        it has many, those between which the costs are linear if a GPU is faster than the processor
+        for all kinds of layers or for none."""
         return tuple(self._table(able, self._gpu_choices(able)) for able in self.of.peers)
 
     def windows(self, first: int, last: int) -> list[tuple[int, int]]:
@@ -92,20 +93,18 @@ class Tables:
 
     def _table(self, able: Able, starts: Ints) -> Table:
         """starts: [..., W + 1, W + 1], from which layer on the window [a, b) is on the GPU."""
-        of, shape, k = self.of, self.of.shape, self.rounds
+        of, k = self.of, self.rounds
         n = self.width
         weights, kv = self._weights, self._kv
         a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
-        head, tail = a == 0, b == n
+        tail = b == n
         on_gpu = starts < b
-        end_gpu = of.tail_bytes * tail
-        end_cpu = end_gpu - shape.embed_bytes * (head & tail) * shape.tied
+        end = of.tail_bytes * tail
         scratch = k * of.compute_bytes
         cpu_weights = weights[starts] - weights[a]
-        ram = cpu_weights + kv[starts] - kv[a] + scratch + shape.embed_bytes * head
-        ram += np.where(on_gpu, 0, end_cpu)
+        ram = cpu_weights + kv[starts] - kv[a] + scratch + np.where(on_gpu, 0, end)
         both = weights + kv
-        vram = np.where(on_gpu, both[b] - both[starts] + scratch + end_gpu, 0)
+        vram = np.where(on_gpu, both[b] - both[starts] + scratch + end, 0)
         if able.unified:
             ram += vram - np.where(on_gpu, scratch, 0)
         streamed = np.maximum(0, ram - able.ram_bytes)
@@ -113,9 +112,11 @@ class Tables:
         if not able.disk_bytes_per_s:
             fits &= streamed == 0
         rate = able.disk_bytes_per_s or 1.0
+        kept = cpu_weights - streamed
+        forgotten = np.where(streamed > 0, np.maximum(0, kept - able.lock_bytes), 0)
         return Table(
             k, fits, *self._times(able, a, b, starts, on_gpu, tail),
-            streamed / rate, (cpu_weights - streamed) / rate, b - starts,
+            (streamed + forgotten) / rate, (kept - forgotten) / rate, b - starts,
             max(1e-6, able.profile.cpu_share),
         )  # fmt: skip
 
@@ -156,15 +157,15 @@ class Tables:
         if able.gpu is None:
             return self._none[None]
         if n <= ALL_CHOICES_WIDTH:
-            return np.minimum(np.maximum(b - np.arange(n + 1)[:, None, None], a), np.maximum(a, b))
+            starts: Ints = b - np.arange(n + 1)[:, None, None]
+            return np.minimum(np.maximum(starts, a), np.maximum(a, b))
         most, scratch = self._most(able), self.rounds * self.of.compute_bytes
         both = self._weights + self._kv
-        ends = scratch + self.of.shape.embed_bytes * (a == 0)
         if not able.unified:
-            room = able.ram_bytes - ends
+            room = able.ram_bytes - scratch
             other = np.searchsorted(both, both[a] + room, side="right") - 1
         elif self.rounds > 1:  # all of what is streamed needs a buffer besides: see `costs`
-            need = both[b] - both[a] + ends + self.of.tail_bytes * (b == n)
+            need = both[b] - both[a] + scratch + self.of.tail_bytes * (b == n)
             kept = np.maximum(0, need - able.ram_bytes) * self.rounds // (self.rounds - 1)
             other = np.searchsorted(self._weights, self._weights[a] + kept)
         else:
@@ -185,10 +186,10 @@ class Tables:
         room = able.gpu_bytes - scratch - of.tail_bytes * tail
         starts = np.searchsorted(both, both[b] - room)
         if able.unified:  # all but the processor's weights has to stay in the same memory
-            ends = scratch + of.tail_bytes * tail + of.shape.embed_bytes * (a == 0)
-            room = able.ram_bytes - ends - (self._kv[b] - self._kv[a])
+            room = able.ram_bytes - scratch - of.tail_bytes * tail - (self._kv[b] - self._kv[a])
             starts = np.maximum(starts, np.searchsorted(self._weights, self._weights[b] - room))
-        return np.minimum(np.maximum(starts, a), np.maximum(a, b))
+        inside: Ints = np.minimum(np.maximum(starts, a), np.maximum(a, b))
+        return inside
 
 
 def _allowed(shape: ModelShape, rounds: int) -> Flags:

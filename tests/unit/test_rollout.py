@@ -7,12 +7,16 @@ import random
 import pytest
 from msgspec.structs import replace
 
+from peer.planning.making import answer
 from peer.planning.plan import PlanId, check
 from peer.planning.profile import EngineProfile
 from peer.planning.rollout import (
     Deposed,
     Elected,
     Reported,
+    Solve,
+    Solved,
+    Tick,
 )
 from peer.protocol import Report
 from tests.coordinator import (
@@ -38,7 +42,7 @@ def test_a_plan_goes_from_loading_over_linking_to_serving() -> None:
     assert world.phases == {"3.1": "loading"}
     state = world.plans.states[0]
     assert check(state.plan) == ""
-    assert state.plan.ring == (A, B, C)
+    assert sorted(state.plan.ring) == [A, B, C]
     assert state.plan.coordinator == A
     assert "3 peers share 12 layers" in state.why
     world.report(A, state, "fetching", done_bytes=3)
@@ -50,7 +54,7 @@ def test_a_plan_goes_from_loading_over_linking_to_serving() -> None:
     assert world.phases == {"3.1": "linking"}
     links = world.plans.states[0].links
     assert [(link.peer_id, link.ring_port, link.key) for link in links] == [
-        (peer, 1000 + ord(peer[0]), KEY + peer[0]) for peer in (A, B, C)
+        (peer, 1000 + ord(peer[0]), KEY + peer[0]) for peer in state.plan.ring
     ]
     assert links[0].submit_port == 2000
     for peer in (A, B, C):
@@ -90,7 +94,7 @@ def test_planning_waits_until_nobody_has_come_for_a_while() -> None:
         world.join(peer)
     assert world.published == []
     world.wait(TIMING.settle_s)
-    assert world.plans.states[0].plan.ring == (A, B, C, D)
+    assert sorted(world.plans.states[0].plan.ring) == [A, B, C, D]
     assert world.phases == {"3.1": "loading"}
 
 
@@ -145,7 +149,7 @@ def test_a_plan_that_lost_a_peer_is_over_at_once_and_the_next_does_without() -> 
     assert "machine-b" in world.plans.why_none
     world.wait(TIMING.settle_s)
     assert world.phases == {"3.2": "loading"}
-    assert world.plans.states[0].plan.ring == (A, C)
+    assert sorted(world.plans.states[0].plan.ring) == [A, C]
     assert "machine-b" in world.plans.states[0].why
     assert world.plans.why_none == ""
     world.obey()
@@ -170,7 +174,7 @@ def test_a_newcomer_while_loading_is_taken_in_and_the_half_made_plan_dropped() -
     world.join(C)
     world.wait(TIMING.settle_s)
     assert world.phases == {"3.2": "loading"}
-    assert world.plans.states[0].plan.ring == (A, B, C)
+    assert sorted(world.plans.states[0].plan.ring) == [A, B, C]
 
 
 def test_free_memory_that_moves_does_not_move_windows() -> None:
@@ -217,7 +221,7 @@ def test_a_failed_stage_is_tried_again_three_times_and_then_left_out_with_its_re
     assert left[0].peer_id == B
     assert "the engine is ill" in left[0].why
     world.wait(15)
-    assert world.rollout.states[-1].plan.ring == (A, B)
+    assert sorted(world.rollout.states[-1].plan.ring) == [A, B]
 
 
 def test_a_peer_that_was_left_out_is_taken_back_when_its_profile_changes() -> None:
@@ -228,11 +232,11 @@ def test_a_peer_that_was_left_out_is_taken_back_when_its_profile_changes() -> No
         world.obey(B)
         world.report(B, world.rollout.states[-1], "failed", why="ill")
     world.wait(30)
-    assert world.rollout.states[-1].plan.ring == (A,)
+    assert sorted(world.rollout.states[-1].plan.ring) == [A]
     world.profiles[B] = replace(profile(B), engines=(EngineProfile("fake", "other", "cpu"),))
     world.members()
     world.wait(1)
-    assert world.rollout.states[-1].plan.ring == (A, B)
+    assert sorted(world.rollout.states[-1].plan.ring) == [A, B]
 
 
 def test_a_failure_of_the_only_peer_is_told_and_tried_again() -> None:
@@ -272,12 +276,12 @@ def test_failures_that_were_a_loss_are_not_held_against_the_survivors() -> None:
         world.wait(60)
         world.obey()
         state = next(s for s in world.rollout.states if s.phase == "serving")
-        assert state.plan.ring == (A, B, C)
+        assert sorted(state.plan.ring) == [A, B, C]
         world.report(B, state, "failed", why=f"peer {C} was lost: silence")
         world.lose(C)
     world.wait(2)
     world.obey()
-    assert world.rollout.states[-1].plan.ring == (A, B)
+    assert sorted(world.rollout.states[-1].plan.ring) == [A, B]
 
 
 def test_a_stage_that_started_again_ends_its_plan() -> None:
@@ -523,3 +527,77 @@ def sound(world: World) -> None:
         if not any(s.phase != "draining" for s in last.states):
             assert last.why_none
     world.__dict__["seen"] = len(world.published)
+
+
+def test_a_plan_waits_for_peers_that_still_measure_the_model() -> None:
+    world = World(A)
+    world.profiles[B] = profile(B, unmeasured=())
+    world.members()
+    world.do(Elected(3))
+    world.wait(TIMING.settle_s + 5)
+    assert world.rollout.states == ()
+    world.profiles[B] = profile(B, unmeasured=("0" * 64,))
+    world.members()
+    world.wait(TIMING.settle_s)
+    assert [state.phase for state in world.rollout.states] == ["loading"]
+    assert set(world.rollout.states[0].plan.ring) == {A, B}
+
+
+def test_a_peer_that_never_measures_is_waited_for_once_and_not_for_ever() -> None:
+    world = World(A)
+    world.profiles[B] = profile(B, unmeasured=())
+    world.members()
+    world.do(Elected(3))
+    world.wait(TIMING.settle_s + TIMING.measure_s)
+    assert set(world.rollout.states[0].plan.ring) == {A, B}
+    world.obey()
+    world.join(C)
+    world.wait(2 * TIMING.settle_s)
+    assert len(world.rollout.states) == 2, "B was waited for before"
+
+
+def test_a_peer_alone_waits_for_no_numbers() -> None:
+    world = World()
+    world.profiles[A] = profile(A, unmeasured=())
+    world.members()
+    world.do(Elected(3))
+    world.wait(TIMING.settle_s)
+    assert [state.plan.ring for state in world.rollout.states] == [(A,)]
+
+
+def test_what_was_planned_is_told_with_the_model_that_is_to_be_measured() -> None:
+    world = World(A, B)
+    world.serve()
+    assert world.plans.measure == (shape().digest,)
+
+
+def test_an_answer_of_the_planner_to_an_older_question_changes_nothing() -> None:
+    world = World(A, B)
+    questions = []
+    world.do(Elected(3))
+    world.now += TIMING.settle_s
+    for action in world.rollout.step(Tick(), world.now):
+        if isinstance(action, Solve):
+            questions.append(action.question)
+    assert len(questions) == 1
+    assert world.rollout.states == (), "nothing is decided before the answer"
+    world.join(C)
+    world.wait(TIMING.settle_s)
+    before = world.rollout.states
+    assert set(before[0].plan.ring) == {A, B, C}
+    world.do(Solved(answer(questions[0])))
+    assert world.rollout.states == before
+
+
+def test_a_peer_that_joins_and_would_not_help_changes_nothing_that_runs() -> None:
+    world = World(A, B)
+    for peer in (A, B):
+        world.profiles[peer] = profile(peer, spread_all=False)
+    world.members()
+    serving = world.serve()
+    assert serving.plan.ring == (A,)
+    world.profiles[C] = profile(C, spread_all=False)
+    world.members()
+    world.wait(10 * TIMING.settle_s)
+    assert world.plans.states == (serving,)
+    assert not any("over" in note for note in world.notes)

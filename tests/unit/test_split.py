@@ -1,9 +1,10 @@
-"""The split: allowed, fitting, near to the peers' shares, and clear about what is missing."""
+"""The split: allowed, fitting, with a context that is worth its time, and clear about reasons."""
 
 from __future__ import annotations
 
 import math
 import random
+import re
 import time
 import tracemalloc
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ import pytest
 from msgspec.structs import replace
 
 from peer.errors import NoPlan
+from peer.planning.costs import Size, compute_bytes, logits_bytes
 from peer.planning.plan import Plan, PlanId, Split, check
-from peer.planning.profile import EngineProfile, ModelShape, Profile
-from peer.planning.split import CONTEXT_LEAST, compute_bytes, logits_bytes, solve
+from peer.planning.profile import EngineProfile, ModelShape, Profile, Speed
+from peer.planning.split import CONTEXT_LEAST, Wishes, solve
 
 MIB = 1 << 20
 
@@ -76,26 +78,11 @@ def demand_good(split: Split, model: ModelShape, profiles: Sequence[Profile]) ->
 
 
 def needed(model: ModelShape, first: int, last: int, kv_cells: int) -> int:
-    logits = logits_bytes(model) if last == model.layers else 0
-    return (
-        model.window_bytes(first, last)
-        + kv_cells * sum(model.layer_kv_bytes[first:last])
-        + compute_bytes(model, kv_cells)
-        + logits
-    )
-
-
-def test_equal_peers_get_equal_windows() -> None:
-    profiles = [peer(letter, 4000) for letter in "cab"]
-    split = solve(profiles, shape())
-    assert counts(split) == [10, 10, 10]
-    assert [w.peer_id[0] for w in split.windows] == ["a", "b", "c"]
-    demand_good(split, shape(), profiles)
-
-
-def test_windows_follow_memory() -> None:
-    profiles = [peer("a", 1000), peer("b", 3000), peer("c", 6000)]
-    assert counts(solve(profiles, shape())) == [3, 9, 18]
+    size = Size(kv_cells, kv_cells, 512)
+    logits = logits_bytes(model, size) if last == model.layers else 0
+    ends = model.output_bytes + model.embed_bytes * model.tied + logits if logits else 0
+    cache = kv_cells * sum(model.layer_kv_bytes[first:last])
+    return sum(model.layer_bytes[first:last]) + cache + compute_bytes(model, size) + ends
 
 
 def test_the_same_profiles_in_any_order_give_the_same_split() -> None:
@@ -104,34 +91,20 @@ def test_the_same_profiles_in_any_order_give_the_same_split() -> None:
     assert len(splits) == 1
 
 
-def test_an_earlier_ring_keeps_its_order_and_newcomers_follow() -> None:
-    profiles = [peer(letter, 4000) for letter in "abcd"]
-    split = solve(profiles, shape(), order=["c" * 16, "x" * 16, "a" * 16])
-    assert [w.peer_id[0] for w in split.windows] == ["c", "a", "b", "d"]
-
-
-def test_cuts_are_taken_where_the_architecture_allows_them_nearest_to_the_shares() -> None:
-    profiles = [peer(letter, 4000) for letter in "abc"]
-    model = shape(30, cut_starts=(0, 4, 8, 12, 16, 20, 24, 28))
-    split = solve(profiles, model)
-    assert [w.first for w in split.windows] == [0, 8, 20]
-    demand_good(split, model, profiles)
-
-
 def test_each_window_holds_a_layer_of_every_group() -> None:
     model = shape(12, cut_groups=((5, 11), tuple(range(5))))
     profiles = [peer(letter, 4000) for letter in "abc"]
-    split = solve(profiles, model, spread_all=True)
+    split = solve(profiles, model, Wishes(spread_all=True))
     demand_good(split, model, profiles)
     assert len(split.windows) == 1  # layers 0-4 and one of 5, 11: only the whole has both twice
     assert len(split.left_out) == 2
     assert "cannot be cut" in split.left_out[0].why
 
 
-def test_a_model_that_must_stay_whole_goes_to_the_peer_with_most_memory() -> None:
+def test_a_model_that_must_stay_whole_goes_to_one_peer_that_can_hold_it() -> None:
     model = shape(whole_why="its layers share a cache")
-    profiles = [peer("a", 1000), peer("b", 3000), peer("c", 2000)]
-    split = solve(profiles, model, spread_all=True)
+    profiles = [peer("a", 100), peer("b", 3000), peer("c", 120)]
+    split = solve(profiles, model, Wishes(spread_all=True))
     assert [w.peer_id[0] for w in split.windows] == ["b"]
     assert all("its layers share a cache" in left.why for left in split.left_out)
     with pytest.raises(NoPlan, match=r"its layers share a cache.*machine-b.*MiB are missing") as no:
@@ -139,22 +112,10 @@ def test_a_model_that_must_stay_whole_goes_to_the_peer_with_most_memory() -> Non
     assert "pull a smaller model" in str(no.value)
 
 
-def test_all_peers_get_a_layer_where_that_is_asked_for() -> None:
-    profiles = [peer("a", 100), peer("b", 9000), peer("c", 9000)]
-    automatic = solve(profiles, shape(12))
-    assert [w.peer_id[0] for w in automatic.windows] == ["b", "c"]
-    assert "machine-a" in automatic.left_out[0].why
-    everyone = solve(profiles, shape(12), spread_all=True)
-    assert counts(everyone)[0] == 1
-    assert everyone.left_out == ()
-    demand_good(everyone, shape(12), profiles)
-
-
 def test_more_peers_than_layers_leaves_the_rest_out_with_a_reason() -> None:
     profiles = [peer(letter, 4000) for letter in "abcde"]
-    split = solve(profiles, shape(3), spread_all=True)
-    assert counts(split) == [1, 1, 1]
-    assert len(split.left_out) == 2
+    split = solve(profiles, shape(3), Wishes(spread_all=True))
+    assert len(split.left_out) >= 2
     demand_good(split, shape(3), profiles)
 
 
@@ -170,16 +131,13 @@ def test_a_peer_without_an_engine_is_left_out_by_name() -> None:
 
 
 def test_windows_carry_the_backend_of_their_peer_and_predict_its_memory() -> None:
-    split = solve([peer("a", 4000, backend="fake"), peer("b", 4000)], shape())
-    assert [w.backend for w in split.windows] == ["fake", "llama_cpp"]
-    assert split.windows[0].memory_bytes == 61 * MIB + 15 * 768 * split.kv_cells
-
-
-def test_memory_of_a_gpu_counts_where_the_layers_go() -> None:
-    apart = solve([peer("a", 1000, gpu=("cuda", 3000)), peer("b", 1000)], shape(12))
-    assert counts(apart) == [9, 3]
-    together = solve([peer("a", 1000, gpu=("metal", 500)), peer("b", 1000)], shape(12))
-    assert counts(together) == [4, 8]
+    profiles = [peer("a", 4000, backend="fake"), peer("b", 4000)]
+    split = solve(profiles, shape(), Wishes(spread_all=True))
+    assert {w.peer_id[0]: w.backend for w in split.windows} == {"a": "fake", "b": "llama_cpp"}
+    ends = [MIB * (w.first == 0) + MIB * (w.last == 30) for w in split.windows]
+    for window, end in zip(split.windows, ends, strict=True):
+        layers = window.last - window.first
+        assert window.memory_bytes == layers * (4 * MIB + 768 * split.kv_cells) + end
 
 
 @pytest.mark.parametrize(
@@ -197,7 +155,7 @@ def test_memory_of_a_gpu_counts_where_the_layers_go() -> None:
 def test_context_and_cells_where_memory_is_plenty(
     trained: int, wanted: int, context: int, cells: int
 ) -> None:
-    split = solve([peer("a", 64_000)], shape(context=trained), context_wanted=wanted)
+    split = solve([peer("a", 64_000)], shape(context=trained), Wishes(context=wanted))
     assert (split.context, split.kv_cells, split.slots, split.batch_tokens) == (
         context,
         cells,
@@ -209,7 +167,7 @@ def test_context_and_cells_where_memory_is_plenty(
 def test_cells_are_given_up_before_context_and_context_before_the_plan() -> None:
     model = shape(context=8192)
     seen = []
-    for memory in range(2000, 175, -5):
+    for memory in range(2000, 171, -5):
         split = solve([peer("a", memory)], model)
         seen.append((split.context, split.kv_cells))
         demand_good(split, model, [peer("a", memory)])
@@ -232,7 +190,7 @@ def test_what_is_missing_is_enough_when_it_is_added() -> None:
 def test_a_head_that_cannot_hold_the_embedding_changes_places() -> None:
     model = shape(6, embed_bytes=400 * MIB, hidden=4096)
     profiles = [peer("a", 100), peer("b", 900)]
-    split = solve(profiles, model, spread_all=True)
+    split = solve(profiles, model, Wishes(spread_all=True))
     assert [w.peer_id[0] for w in split.windows] == ["b", "a"] or len(split.windows) == 1
     demand_good(split, model, profiles)
 
@@ -261,7 +219,7 @@ def test_a_split_is_found_whenever_one_exists() -> None:
         exists = brute_force(model, profiles)
         possible += exists
         try:
-            split = solve(profiles, model, spread_all=draw.random() < 0.5)
+            split = solve(profiles, model, Wishes(spread_all=draw.random() < 0.5))
         except NoPlan:
             assert not exists, (model, profiles)
             continue
@@ -303,7 +261,7 @@ def test_many_peers_and_layers_do_not_hold_up_the_coordinator(layers: int, limit
     """It takes 0.02 and 0.06 s; a matrix over all windows of 4,096 layers took 9 s and 2.5 GiB."""
     profiles, model = many(64), shape(layers)
     started = time.perf_counter()
-    split = solve(profiles, model, spread_all=True)
+    split = solve(profiles, model, Wishes(spread_all=True))
     assert time.perf_counter() - started < limit_s
     demand_good(split, model, profiles)
     assert len(split.windows) == 64
@@ -320,31 +278,6 @@ def test_planning_for_thousands_of_layers_takes_little_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 50 * MIB
     finally:
         tracemalloc.stop()
-
-
-def test_windows_are_as_near_to_the_shares_as_any_are() -> None:
-    """Against a plain search of all windows, in the stable order of the ring."""
-    draw = random.Random(9)
-    for _ in range(150):
-        layers = draw.randint(1, 14)
-        model = shape(
-            layers,
-            context=512,
-            layer_bytes=tuple(draw.randint(0, 40) * MIB for _ in range(layers)),
-            tied=draw.random() < 0.3,
-            cut_starts=(0, *(i for i in range(1, layers) if draw.random() < 0.8)),
-            cut_groups=(tuple(i for i in range(layers) if draw.random() < 0.5),)
-            * draw.choice([0, 1]),
-        )
-        profiles = [peer(letter, draw.randint(20, 500)) for letter in "abcd"[: draw.randint(1, 4)]]
-        least = nearest_by_search(model, profiles)
-        if least == math.inf:
-            continue  # another order may be found
-        split = solve(profiles, model)
-        got = {window.peer_id: window.last - window.first for window in split.windows}
-        assert [w.peer_id for w in split.windows] == sorted(got)
-        costs = [(got.get(p.peer_id, 0) - share) ** 2 for p, share in shares(model, profiles)]
-        assert sum(costs) == pytest.approx(least)
 
 
 def shares(model: ModelShape, profiles: Sequence[Profile]) -> list[tuple[Profile, float]]:
@@ -371,3 +304,77 @@ def nearest_by_search(model: ModelShape, profiles: Sequence[Profile]) -> float:
         if model.layers in best:
             return best[model.layers]
     return math.inf
+
+
+def speedy(letter: str, decode_s: float, memory_mib: float = 4000, **changes: object) -> Profile:
+    speed = Speed("0" * 64, "llama_cpp", "cpu", 4, (decode_s,), (decode_s * 50,), 512)
+    return replace(peer(letter, memory_mib), speeds=(speed,), **changes)
+
+
+def test_the_fastest_peer_runs_all_and_the_others_are_told_what_they_would_cost() -> None:
+    split = solve([speedy("a", 2e-3), speedy("b", 1e-3)], shape())
+    assert [w.peer_id[0] for w in split.windows] == ["b"]
+    assert "machine-b runs all 30 layers" in split.why
+    assert re.fullmatch(
+        r"with machine-a a token would take \d+ ms instead of \d+ ms", split.left_out[0].why
+    )
+
+
+def test_where_everyone_is_to_take_part_the_slow_get_fewer_layers() -> None:
+    split = solve([speedy("a", 3e-3), speedy("b", 1e-3)], shape(12), Wishes(spread_all=True))
+    layers = {w.peer_id[0]: w.last - w.first for w in split.windows}
+    assert layers == {"a": 3, "b": 9}
+
+
+def test_a_peer_that_cannot_hold_a_layer_does_not_keep_the_others_from_taking_part() -> None:
+    profiles = [speedy("a", 1e-3), speedy("b", 1e-3), speedy("c", 1e-3, 2)]
+    split = solve(profiles, shape(12), Wishes(spread_all=True))
+    assert sorted(w.peer_id[0] for w in split.windows) == ["a", "b"]
+    assert "machine-c has 2 MiB free" in split.left_out[0].why
+
+
+def test_those_who_are_not_wanted_are_left_out_and_told_so() -> None:
+    profiles = [speedy("a", 1e-3), speedy("b", 2e-3), speedy("c", 3e-3)]
+    without = solve(profiles, shape(), Wishes(without=frozenset(["a" * 16])))
+    assert [w.peer_id[0] for w in without.windows] == ["b"]
+    assert "machine-a is to be done without" in [left.why for left in without.left_out]
+    only = solve(profiles, shape(), Wishes(only=frozenset(["c" * 16])))
+    assert [w.peer_id[0] for w in only.windows] == ["c"]
+    assert len(only.left_out) == 2
+    fixed = solve(profiles, shape(), Wishes(pinned={"c" * 16: (20, 30)}))
+    assert [(w.peer_id[0], w.first, w.last) for w in fixed.windows] == [("a", 0, 20), ("c", 20, 30)]
+
+
+def test_a_model_larger_than_one_peer_is_split_so_that_each_part_fits() -> None:
+    profiles = [speedy("a", 1e-3, 90), speedy("b", 2e-3, 90)]
+    split = solve(profiles, shape())
+    assert len(split.windows) == 2
+    demand_good(split, shape(), profiles)
+
+
+def test_a_model_larger_than_all_memory_is_streamed_from_disk_and_says_so() -> None:
+    model = shape(layer_bytes=(40 * MIB,) * 30)
+    disks = {"disk_read_bytes_per_s": 1e9}
+    profiles = [speedy("a", 1e-3, 500, **disks), speedy("b", 1e-3, 500, **disks)]
+    split = solve(profiles, model)
+    streamed = sum(w.streamed_bytes for w in split.windows)
+    assert 200 * MIB < streamed < 500 * MIB
+    assert "are read from disk for each token" in split.why
+    assert f"{-(-streamed // MIB):,} MiB" in split.why
+    slow = [replace(p, disk_read_bytes_per_s=0.0) for p in profiles]
+    with pytest.raises(NoPlan, match=r"MiB are missing, and no peer's disk is known"):
+        solve(slow, model)
+
+
+def test_the_context_is_shortened_for_speed_only_down_to_what_is_good() -> None:
+    """32,768 tokens fit beside the weights only on both peers, 8,192 on the fast one."""
+    model = shape(context=65536, layer_kv_bytes=(4096,) * 30, hidden=1, vocabulary=1000)
+    alone = solve([speedy("a", 1e-3, 5000)], model)
+    assert alone.context == 32768
+    cramped = [speedy("a", 1e-3, 1600), speedy("b", 9e-3, 5000)]
+    split = solve(cramped, model)
+    assert [w.peer_id[0] for w in split.windows] == ["a"]
+    assert 8192 <= split.context < 32768
+    asked = solve(cramped, model, Wishes(context=32768))
+    assert asked.context == 32768
+    assert len(asked.windows) == 2

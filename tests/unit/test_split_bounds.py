@@ -8,29 +8,29 @@ from msgspec.structs import replace
 from peer.errors import NoPlan
 from peer.planning.plan import Plan, PlanId, PlanState
 from peer.planning.profile import EngineProfile, ModelShape, Profile
-from peer.planning.split import memory_bytes, solve, unusable
+from peer.planning.split import Wishes, solve, unusable
 from peer.protocol import Plans, decode_control, encode
 from tests.coordinator import A, B, profile, shape
 
 HUGE = 1 << 60
+MOST = 1 << 50  # that a peer is believed to have
 
 
 def with_gpus(peer_id: str, count: int) -> Profile:
-    gpus = (EngineProfile("fake", f"GPU {i}", "cuda", HUGE, HUGE) for i in range(count))
+    gpus = (EngineProfile("fake", f"GPU {i}", "cuda", MOST, MOST) for i in range(count))
     return profile(peer_id, engines=tuple(gpus))
 
 
 def demand_tellable(profiles: list[Profile], model: ModelShape, context: int = 0) -> None:
-    split = solve(profiles, model, context_wanted=context)
+    split = solve(profiles, model, Wishes(context=context))
     plans = Plans(1, (PlanState(Plan(PlanId(1, 1), A, model, split), "loading"),))
     assert decode_control(encode(plans)) == plans
 
 
 def test_memory_of_many_huge_gpus_is_no_more_than_a_message_can_tell() -> None:
-    assert memory_bytes(with_gpus(A, 64), "fake") == HUGE
     profiles = [with_gpus(A, 64), with_gpus(B, 64)]
     demand_tellable(profiles, shape())
-    demand_tellable(profiles, replace(shape(layers=2), layer_bytes=(HUGE // 4,) * 2))
+    demand_tellable(profiles, replace(shape(layers=2), layer_bytes=(MOST * 8,) * 2))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_shape_whose_sums_no_message_can_tell_is_refused(changes: dict[str, ob
 def test_a_context_whose_cache_no_number_holds_is_given_up_for_less() -> None:
     model = replace(shape(layers=2), layer_kv_bytes=(1 << 32,) * 2, context=1 << 31)
     demand_tellable([with_gpus(A, 2)], model, context=1 << 31)
-    window = solve([with_gpus(A, 2)], model, context_wanted=1 << 31).windows[0]
+    window = solve([with_gpus(A, 2)], model, Wishes(context=1 << 31)).windows[0]
     assert window.memory_bytes <= HUGE
 
 

@@ -1,0 +1,49 @@
+"""A split in proportion to memory, for models of more layers than a search can look at. Pure.
+
+No model has so many; a header that says so gets a plan all the same, and quickly: O(layers log
+layers) a peer, see `cuts`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peer.planning import costs
+from peer.planning.costs import Problem
+from peer.planning.cuts import Cuts, Needs, nearest
+from peer.planning.rings import Ring
+
+
+def in_proportion(of: Problem, everyone: bool) -> Ring | None:
+    """Windows nearest to the peers' shares of memory, one a peer; None where nothing fits.
+
+    everyone: a peer is left out only where it cannot be given a layer. Peers stay in their order,
+    those with most memory first: the ends need more than the middle.
+    """
+    shape = of.shape
+    rooms = [able.gpu_bytes if able.gpu and not able.unified else able.ram_bytes
+             for able in of.peers]  # fmt: skip
+    order = sorted(range(len(rooms)), key=lambda i: (-rooms[i], i))
+    needs = Needs(
+        Cuts(shape),
+        np.array(shape.layer_bytes, np.int64)
+        + of.size.kv_cells * np.array(shape.layer_kv_bytes, np.int64),
+        compute=of.compute_bytes,
+        embed=shape.embed_bytes,
+        tail=shape.output_bytes + of.logits_bytes,
+        tied=shape.embed_bytes if shape.tied else 0,
+    )
+    edges = nearest(needs, [rooms[i] for i in order], everyone)
+    rows = [(i, edge) for i, edge in zip(order, edges, strict=False) if edge[0] < edge[1]]
+    if not rows:
+        return None
+    layers = [shape.layers if of.peers[i].gpu else 0 for i, _ in rows]
+    parts = [
+        costs.part(of, of.peers[i], [edge], g) for (i, edge), g in zip(rows, layers, strict=True)
+    ]
+    held = tuple(part for part in parts if part is not None)
+    if len(held) < len(rows):
+        return None
+    ring = tuple(i for i, _ in rows)
+    return Ring(ring, tuple(edge for _, edge in rows), 1, tuple(layers), held,
+                costs.evaluate(of, ring, 1, held))  # fmt: skip
