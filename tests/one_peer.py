@@ -12,6 +12,7 @@ from pathlib import Path
 from peer.cluster.driver import Cluster
 from peer.cluster.identity import Identity
 from peer.config import Config
+from peer.planning.profile import Link
 from peer.protocol import Control
 
 
@@ -22,6 +23,10 @@ class Deaf:
     def lost(self, peer_id: str, why: str) -> None: ...
     def elected(self, coordinator: str, term: int) -> None: ...
     def received(self, peer_id: str, message: Control) -> None: ...
+    def linked(self, link: Link) -> None: ...
+
+    def busy(self) -> bool:
+        return False
 
 
 async def main(home: Path, peers: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from peer.cluster.driver import Cluster
 from peer.cluster.identity import Identity
 from peer.config import Config
+from peer.planning.profile import Link
 from peer.protocol import Control
 
 
@@ -20,6 +21,8 @@ class Ear:
 
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
+        self.links: dict[str, list[Link]] = {}
+        self.computes = False
         self.answer: Callable[[str, Control], None] = lambda peer_id, message: None
 
     def joined(self, peer_id: str) -> None:
@@ -34,6 +37,12 @@ class Ear:
     def received(self, peer_id: str, message: Control) -> None:
         self.told.append(("received", peer_id, message))
         self.answer(peer_id, message)
+
+    def busy(self) -> bool:
+        return self.computes
+
+    def linked(self, link: Link) -> None:
+        self.links.setdefault(link.peer_id, []).append(link)
 
 
 class Peer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import overload
 
@@ -10,6 +11,8 @@ import msgspec
 
 from peer.errors import PartError, PeerLost, ProtocolError
 from peer.protocol import ChunkHere, ChunkWanted, ManifestHere, ManifestWanted, NotHere
+
+log = logging.getLogger("halka.cluster")
 
 Question = ManifestWanted | ChunkWanted
 Reply = ManifestHere | ChunkHere | NotHere
@@ -57,13 +60,13 @@ class Asks:
             raise ProtocolError(f"the peer {peer_id} answered another question")
         return reply
 
-    def answer(self, peer_id: str, reply: Reply) -> bool:
-        """Hand over a reply. False where nobody asked for it (any more)."""
+    def answer(self, peer_id: str, reply: Reply) -> None:
+        """Hand over a reply; dropped where nobody asked for it (any more)."""
         future = self._waiting.get((peer_id, reply.request))
         if future is None or future.done():
-            return False
-        future.set_result(reply)
-        return True
+            log.debug("< late answer peer=%s", peer_id)
+        else:
+            future.set_result(reply)
 
     def lost(self, peer_id: str, why: str) -> None:
         """End all questions to this peer."""

@@ -23,7 +23,8 @@ from peer.cluster.listener import Listener, Member, clock
 from peer.cluster.machines import Action, Machines
 from peer.cluster.mdns import Announced, cluster_mark
 from peer.cluster.memory import Memory
-from peer.cluster.ports import free_port
+from peer.cluster.ports import free_port, taken
+from peer.cluster.probing_shell import Prober
 from peer.cluster.refusals import Refusal, Refusals
 from peer.cluster.transport import Transport
 from peer.config import Config
@@ -81,6 +82,7 @@ class Cluster:
         self.complaints = Complaints(clock)
         self._asks = Asks(self.send)
         self.ask = self._asks.ask  # a numbered question to a member; see there
+        self._prober = Prober(config.timing, self.me, listener, self.send, self.address_of)
         self.discovery = Discovery(
             config, me=self._record, seen=self._seen, other_cluster=self._foreign, clock=clock
         )
@@ -182,10 +184,7 @@ class Cluster:
                     self._transport.close()
                     self._transport = None
                 if self._config.port or not left:
-                    raise ConfigError(
-                        f"cannot listen for other peers ({error.strerror}). End the program that "
-                        "uses the port, or choose another one with the setting `port`"
-                    ) from None
+                    raise ConfigError(taken(error)) from None
         await self.discovery.follow(self.hosts, self.port)
         log.info(
             "peer=%s name=%s cluster=%s listening=%s",
@@ -207,8 +206,8 @@ class Cluster:
                 jobs = [tasks.create_task(self._transport.run())]
                 await self._transport.running.wait()
                 self._machines.begin(self._identity.term)  # listening begins here
-                others = (self._machines.run(), self.discovery.run(), self._memory.run())
-                jobs += [tasks.create_task(job) for job in others]
+                others = (self._machines, self.discovery, self._memory, self._prober)
+                jobs += [tasks.create_task(other.run()) for other in others]
                 jobs.append(tasks.create_task(self._watch_interfaces()))
                 for sighted in remembered:
                     self._seen(sighted)
@@ -266,8 +265,7 @@ class Cluster:
         return Heartbeat(mine.term, mine.coordinator, mine.followed)
 
     def _joined(self, peer_id: str) -> None:
-        link = self._links[peer_id]
-        hello = link.hello
+        hello = (link := self._links[peer_id]).hello
         self._members[peer_id] = Member(
             peer_id, hello.name, hello.addresses, hello.version, hello.incarnation, clock()
         )
@@ -277,12 +275,14 @@ class Cluster:
         self._memory.met(self._sighted(peer_id))
         self._machines.feed(e.PeerUp(peer_id))
         self._listener.joined(peer_id)
+        self._prober.here(peer_id)
         self._gossip()
 
     def _lost(self, peer_id: str, why: str) -> None:
         name, count = self._members.pop(peer_id).name, len(self._members) + 1
         log.info("lost=%s name=%s peers=%d because=%s", peer_id, name, count, why)
         self._asks.lost(peer_id, why)
+        self._prober.gone(peer_id)
         self._machines.feed(e.PeerDown(peer_id))
         self._listener.lost(peer_id, why)
 
@@ -309,6 +309,8 @@ class Cluster:
                 places = self.discovery.usable(Sighted(peer_id, key, hello.addresses)).addresses
                 self._machines.feed(m.LinkUp(peer_id, key, hello.incarnation, places, dialled))
                 self.send(peer_id, self._beat())  # it need not wait to hear whom I follow
+                if peer_id in self._members:
+                    self._prober.here(peer_id)
             case links.Unlinked(peer_id, why):
                 self._machines.feed(m.LinkDown(peer_id, why))
             case links.NotReached(peer_id, why, refused):
@@ -332,9 +334,8 @@ class Cluster:
             case Goodbye(why):
                 self._machines.feed(m.Left(peer_id, why))
             case ManifestHere() | ChunkHere() | NotHere():
-                if not self._asks.answer(peer_id, message):
-                    log.debug("< late answer peer=%s", peer_id)
-            case _:
+                self._asks.answer(peer_id, message)
+            case _ if not self._prober.take(peer_id, message):
                 self._listener.received(peer_id, message)
 
     def _hello(self) -> Hello:
@@ -353,8 +354,7 @@ class Cluster:
         refusal = admission.admit(hello, key, self._config, self._protocol)
         if refusal is None and not self._machines.membership.has_room(hello.peer_id):
             self._machines.membership.turn_away()
-            why = f"the cluster is full: it has {PEERS_MAX} peers"
-            return Refused(code="admission", why=why, protocol=self._protocol)
+            return Refused(code="admission", why=refusals.FULL, protocol=self._protocol)
         return refusal
 
     def _turned(self, peer_id: str, host: str, code: str, why: str, *, by_us: bool) -> None:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from peer.planning.profile import Link
 from peer.protocol import Control
 
 
@@ -26,6 +27,14 @@ class Listener(Protocol):
 
     def received(self, peer_id: str, message: Control) -> None:
         """A message that is not the cluster's own business."""
+        ...
+
+    def busy(self) -> bool:
+        """Whether this peer computes, or serves an answer, now: links are measured later then."""
+        ...
+
+    def linked(self, link: Link) -> None:
+        """The link with a member was measured for the first time, or has changed."""
         ...
 
 

@@ -21,3 +21,11 @@ def free_port(hosts: Sequence[str]) -> int:
                 probe.bind((host, port))
                 port = int(probe.getsockname()[1])
     return port
+
+
+def taken(error: OSError) -> str:
+    """What people read where no port, or not the pinned one, can be had."""
+    return (
+        f"cannot listen for other peers ({error.strerror}). End the program that uses the port, or "
+        "choose another one with the setting `port`"
+    )

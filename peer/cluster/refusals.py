@@ -10,6 +10,7 @@ from peer.planning.profile import PEERS_MAX
 log = logging.getLogger("halka.cluster")
 
 REFUSALS_MAX = 32
+FULL = f"the cluster is full: it has {PEERS_MAX} peers"
 CROWDED = (
     f"more peers are announced than a cluster may have ({PEERS_MAX}), so some wait or are refused; "
     "give some of them another name in the setting `cluster`"

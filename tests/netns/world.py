@@ -49,7 +49,7 @@ def why_not() -> str:
     """Why there can be no namespaces here, or ""."""
     if sys.platform != "linux":
         return "network namespaces are Linux's"
-    for command in ("ip", "bridge", "unshare"):
+    for command in ("ip", "bridge", "tc", "unshare"):
         if shutil.which(command) is None:
             return f"the command `{command}` is missing (iproute2, util-linux)"
     if os.geteuid() != 0:
@@ -342,6 +342,12 @@ class Machine:
     def _at_the_switch(self, setting: str, value: str) -> None:
         words = ["bridge", "link", "set", "dev", self.port, setting, value]
         _ip("netns", "exec", self.world.bridge, *words)
+
+    def shape(self, rate: str) -> None:
+        """What this machine sends is slowed to a rate, as in 100mbit, by a token bucket."""
+        bucket = ["tbf", "rate", rate, "burst", "32kb", "latency", "50ms"]
+        words = ["tc", "qdisc", "replace", "dev", "eth0", "root", *bucket]
+        _ip("netns", "exec", self.namespace, *words)
 
     def received_bytes(self) -> int:
         """What came in over the cable so far, with all headers."""

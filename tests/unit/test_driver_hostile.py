@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from peer.cluster import interfaces
 from peer.cluster.identity import Identity
 from peer.cluster.memory import Memory
 from peer.protocol import (
+    CHUNK_BYTES_MAX,
     MESSAGE_BYTES_MAX,
+    Control,
     Gossip,
     ManifestHere,
     NotHere,
     Plans,
+    Probe,
+    Probed,
     Sighted,
 )
 from tests.town import Town, a_town
@@ -101,3 +107,70 @@ async def test_a_machine_without_descriptors_says_so_and_looks_again(
     assert a.cluster.hosts == ("127.0.0.1",)
     assert not await a.cluster._hosts.look()
     assert a.cluster.problem == ""
+
+
+async def test_a_member_that_floods_with_probes_is_no_reason_to_lose_anybody_or_memory(
+    town: Town, until: Any
+) -> None:
+    a = await town.add("a")
+    flooding, other = await town.add("f", a), await town.add("o", a)
+    await until(lambda: town.agree(a, flooding, other), 10, "three peers")
+    await until(lambda: other.cluster.me in a.ear.links, 5, "the first measuring is over")
+    for peer in (a, flooding, other):
+        peer.ear.told.clear()
+    process, padding, taken = psutil.Process(), bytes(CHUNK_BYTES_MAX), 0
+    before, most = process.memory_info().rss, 0
+    waits: list[float] = []
+    end = time.monotonic() + 3.0  # longer than the silence that loses a member
+    while time.monotonic() < end:
+        began = time.monotonic()
+        taken += flooding.cluster.send(a.cluster.me, Probe(taken, padding))
+        await asyncio.sleep(0)
+        waits.append(time.monotonic() - began)
+        most = max(most, process.memory_info().rss)
+    assert taken > 500
+    assert most - before < 200 << 20  # three peers' queues of 32 messages, in both directions
+    assert max(waits) < 0.5  # the loop that they share went on
+    assert not [told for peer in (a, flooding, other) for told in peer.ear.told if "lost" in told]
+    assert a.cluster.send(other.cluster.me, Plans(term=1, states=()))
+    await until(
+        lambda: ("received", a.cluster.me, Plans(term=1, states=())) in other.ear.told,
+        2,
+        "others are served",
+    )
+
+
+async def test_answers_to_probes_that_nobody_sent_change_nothing(town: Town, until: Any) -> None:
+    a = await town.add("a")
+    b = await town.add("b", a)
+    await until(lambda: town.agree(a, b), 10, "two peers")
+    for request in range(2000):
+        b.cluster.send(a.cluster.me, Probed(request, busy=False))
+        if request % 20 == 0:
+            await asyncio.sleep(0)
+    await until(lambda: a.ear.links, 5, "the link is measured")
+    (link,) = a.ear.links[b.cluster.me]
+    assert 1e-6 < link.rtt_s < 0.05
+    assert 10e6 < link.bytes_per_s < 1e11
+    assert a.task is not None
+    assert not a.task.done()
+
+
+async def test_a_member_that_does_not_know_probes_stays_a_member(
+    town: Town, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await town.add("a")
+    old = await town.add("old")
+    asked: list[Control] = []
+
+    def deaf(peer_id: str, message: Control) -> bool:
+        asked.append(message)
+        return True
+
+    monkeypatch.setattr(old.cluster._prober, "take", deaf)
+    c = await town.add("c", a, old)
+    await until(lambda: town.agree(a, old, c), 10, "three peers")
+    await until(lambda: a.cluster.me in c.ear.links, 10, "the others measure each other")
+    await until(lambda: len(asked) >= 2, 5, "it was asked")
+    assert old.cluster.me not in a.ear.links
+    assert old.cluster.me in a.cluster.members
