@@ -27,11 +27,14 @@ PURE = {
     "peer.planning.plan", "peer.planning.split", "peer.planning.cuts", "peer.planning.rollout",
     "peer.planning.choice", "peer.planning.making", "peer.planning.failures",
     "peer.planning.running", "peer.planning.duty", "peer.planning.costs",
-    "peer.planning.tables", "peer.planning.trust", "peer.planning.wishes", "peer.planning.reasons",
+    "peer.planning.tables", "peer.planning.halda", "peer.planning.rings", "peer.planning.subsets",
+    "peer.planning.ring_order", "peer.planning.baselines",
+    "peer.planning.trust", "peer.planning.wishes", "peer.planning.reasons",
     "peer.planning.rollout_events", "peer.planning.correction", "peer.planning.abilities", "peer.ring.paces",
     "peer.ring.scheduler", "peer.ring.generation",
+    "peer.planning.trials",
 }  # fmt: skip
-PURE_LATER = {"peer.planning.halda", "peer.ring.speculation"}
+PURE_LATER = {"peer.ring.speculation"}
 IMPURE_LIBRARIES = {
     "asyncio", "time", "socket", "os", "logging", "zmq", "zeroconf", "aiohttp", "backends",
     "threading", "subprocess", "psutil",
@@ -42,7 +45,15 @@ INTRODUCED = {
     # The stage is a process of its own: it opens the files of its windows itself.
     "peer.ring.windows": {"peer.models.manifest", "peer.models.parts"},
     # So is the measuring: it reads the shape of the model that it measures with.
-    "peer.planning.measure": {"peer.models.parts"},
+    "peer.planning.measure": {
+        "peer.models.manifest", "peer.models.parts", "peer.models.kinds",
+    },
+    "peer.planning.random_layers": {
+        "peer.models.disk", "peer.models.gguf", "peer.models.manifest", "peer.models.parts",
+    },
+    "peer.planning.disk": {"peer.models.disk"},
+    # What was measured holds for all models of the same tensors, which only the manifest tells.
+    "peer.planning.speeds": {"peer.models.manifest"},
 }
 
 # backends: these three open its door, the others name its values.
@@ -50,6 +61,7 @@ ENGINE_DOORS = {"peer.ring.stage", "peer.planning.measure", "peer.models.vocabul
 ENGINE_VALUES = {
     "peer.models.parts", "peer.models.gguf",  # Header, TensorFact, Recipe
     "peer.ring.windows", "peer.ring.frames",  # Window, Batch
+    "peer.models.kinds", "peer.planning.random_layers", "peer.planning.stopwatch",
 }  # fmt: skip
 
 # Libraries, each named in as few files as possible.
@@ -65,6 +77,7 @@ LIBRARIES = {
     "rich": {"peer/words/"},
     "llama_cpp": {"backends/llama_cpp/"},
     "mlx": {"backends/mlx/"},
+    "pynvml": {"peer/planning/gpus.py"},
     "highspy": {"peer/planning/halda.py"},
 }  # fmt: skip
 
