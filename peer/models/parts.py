@@ -22,6 +22,7 @@ from peer.models import disk, gguf
 from peer.models.disk import hold
 from peer.models.gguf import GGUF, Value
 from peer.models.imports import import_gguf
+from peer.models.kinds import active_bytes, layer_kinds, vocabulary
 from peer.models.manifest import (
     Manifest,
     PartEntry,
@@ -260,4 +261,7 @@ def shape_of(
         cut_starts=allowed.starts,
         cut_groups=allowed.groups,
         whole_why=allowed.why[:1000],
+        layer_active_bytes=active_bytes(manifest, header),
+        layer_kinds=layer_kinds(manifest),
+        vocabulary=vocabulary(manifest),
     )
