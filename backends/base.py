@@ -177,12 +177,16 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A processor that the engine can use. kind: cpu | cuda | rocm | metal | vulkan | …"""
+    """A processor that the engine can use. kind: cpu | cuda | rocm | metal | vulkan | …
+
+    integrated: a GPU that has no memory of its own.
+    """
 
     name: str
     kind: str
     memory_free_bytes: int
     memory_total_bytes: int
+    integrated: bool = False
 
 
 class Backend(Protocol):

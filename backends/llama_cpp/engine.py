@@ -89,7 +89,7 @@ def devices() -> list[Device]:
         registry = _text(ggml.ggml_backend_reg_name(ggml.ggml_backend_dev_backend_reg(device)))
         kind = "cpu" if type_number == _CPU else _KINDS.get(registry, registry.lower())
         name = _text(ggml.ggml_backend_dev_description(device)) or registry
-        found.append(Device(name, kind, free.value, total.value))
+        found.append(Device(name, kind, free.value, total.value, type_number == _IGPU))
     return found
 
 

@@ -50,6 +50,7 @@ class EngineProfile(Value, frozen=True):
     kind: Name  # cpu | cuda | metal | …
     memory_free_bytes: Bytes = 0
     memory_total_bytes: Bytes = 0
+    integrated: bool = False  # a GPU without memory of its own
 
 
 class Speed(Value, frozen=True):
@@ -108,6 +109,7 @@ class Profile(Value, frozen=True):
     threads: Count = 0  # of a stage; 0: not told
     cpu_share: Share = 1.0
     disk_read_bytes_per_s: Rate = 0.0  # of the disk that holds the models
+    lock_bytes: Bytes = 1 << 60  # that a stage may lock into memory (RLIMIT_MEMLOCK)
     speeds: Annotated[tuple[Speed, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
     unmeasured: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
     links: Annotated[tuple[Link, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
