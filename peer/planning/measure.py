@@ -1,72 +1,132 @@
 """`python -m peer.planning.measure`: a short-lived process that asks the engines what they can do.
 
 It reads one JSON order from stdin and writes one JSON answer to stdout. Loading an engine may load
-a GPU driver, take a second or crash: here it takes neither the agent nor a stage with it.
+a GPU driver, take a second or crash: here it takes neither the agent nor a stage with it. Measuring
+speeds computes for seconds, at a low priority; who ends this process loses nothing but its answer.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import msgspec
 
 import backends
-from backends.base import BackendFault, Engine
+from backends.base import BackendFault, Device, Engine
 from peer.errors import HalkaError
-from peer.models.parts import shape_of
-from peer.planning.profile import EngineProfile, ModelShape
+from peer.models.kinds import layer_families
+from peer.models.manifest import load
+from peer.models.parts import load_header, shape_of
+from peer.planning import disk
+from peer.planning.profile import EngineProfile, ModelShape, Speed
+from peer.planning.random_layers import RandomLayers
+from peer.planning.stopwatch import Stopwatch, Terms
 
 ORDER_BYTES_MAX = 1 << 20
+SPEED_S = 30.0  # for one model on one kind of processor
+NICE = 5  # whatever else runs here goes first
+
+
+class SpeedOrder(msgspec.Struct, frozen=True):
+    """Measure how fast the model in `folder` runs. The rest: see `stopwatch.Terms`."""
+
+    folder: str
+    threads: int
+    cpu_share: float
+    memory_bytes: int
 
 
 class MeasureOrder(msgspec.Struct, frozen=True):
-    """Ask these backends; `folders` hold models of the store (manifest and head.gguf)."""
+    """Ask these backends; `folders` hold models of the store (manifest and head.gguf).
 
-    backends: tuple[str, ...]
+    home: whose disk's speed is wanted ("": none's).
+    """
+
+    backends: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
+    speed: SpeedOrder | None = None
+    home: str = ""
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """What was found. shapes: by folder. faults: by backend or folder, why it has no answer."""
+    """What was found. shapes: by folder.
+
+    faults: by backend, folder or kind of processor, why it has no answer.
+    """
 
     engines: tuple[EngineProfile, ...] = ()
     shapes: dict[str, ModelShape] = {}
     faults: dict[str, str] = {}
+    speeds: tuple[Speed, ...] = ()
+    disk_read_bytes_per_s: float = 0.0
 
 
 def measure(order: MeasureOrder) -> Measured:
-    """Ask every backend for its processors, and the first one that opens for the models' shapes."""
-    engines: list[EngineProfile] = []
+    """Ask every backend for its processors, and the first one that opens for everything else."""
     faults: dict[str, str] = {}
-    opened: list[Engine] = []
+    opened: list[tuple[Engine, list[Device]]] = []
     for name in order.backends:
         try:
             engine = backends.load(name)
-            engines += [
-                EngineProfile(
-                    backend=name,
-                    device=device.name[:128] or "CPU",
-                    kind=device.kind[:128] or "cpu",
-                    memory_free_bytes=max(0, device.memory_free_bytes),
-                    memory_total_bytes=max(0, device.memory_total_bytes),
-                )
-                for device in engine.devices()
-            ]
+            opened.append((engine, engine.devices()))
         except KeyError:
             faults[name] = f"there is no backend {name} yet: set `backend` to auto"
         except (ImportError, OSError, RuntimeError, BackendFault) as error:
             faults[name] = f"the backend {name} does not start: {error}"
-        else:
-            opened.append(engine)
     shapes: dict[str, ModelShape] = {}
     for folder in order.folders if opened else ():
+        engine = opened[0][0]
         try:
-            shapes[folder] = shape_of(Path(folder), opened[0].cuts, opened[0].kv_bytes_per_cell)
+            shapes[folder] = shape_of(Path(folder), engine.cuts, engine.kv_bytes_per_cell)
         except (HalkaError, BackendFault, OSError) as error:
             faults[folder] = str(error)
-    return Measured(tuple(engines), shapes, faults)
+    return Measured(
+        tuple(_engine(engine.name, device) for engine, devices in opened for device in devices),
+        shapes,
+        faults,
+        _speeds(*opened[0], order.speed, faults) if opened and order.speed else (),
+        disk.read_bytes_per_s(Path(order.home)) if order.home else 0.0,
+    )
+
+
+def _engine(backend: str, device: Device) -> EngineProfile:
+    return EngineProfile(
+        backend=backend,
+        device=device.name[:128] or "CPU",
+        kind=device.kind[:128] or "cpu",
+        memory_free_bytes=max(0, device.memory_free_bytes),
+        memory_total_bytes=max(0, device.memory_total_bytes),
+        integrated=device.integrated,
+    )
+
+
+def _speeds(
+    engine: Engine, devices: list[Device], order: SpeedOrder, faults: dict[str, str]
+) -> tuple[Speed, ...]:
+    """The model's speed on each kind of processor. Adds to `faults`, by kind."""
+    folder = Path(order.folder)
+    found: list[Speed] = []
+    try:
+        manifest = load(folder)
+        header = load_header(folder, manifest)
+        shape = shape_of(folder, engine.cuts, engine.kv_bytes_per_cell)
+        families = layer_families(manifest)
+    except (HalkaError, BackendFault, OSError) as error:
+        faults[order.folder] = str(error)
+        return ()
+    for device in {device.kind: device for device in reversed(devices)}.values():
+        until_s = time.monotonic() + SPEED_S
+        terms = Terms(order.threads, order.cpu_share, order.memory_bytes, until_s)
+        try:
+            with RandomLayers(folder, manifest) as layers:
+                watch = Stopwatch(engine, device, header, shape, layers, terms)
+                found.append(watch.speed(engine.name, families))
+        except (HalkaError, BackendFault, OSError, FloatingPointError, MemoryError) as error:
+            faults[device.kind] = str(error) or type(error).__name__
+    return tuple(found)
 
 
 def main() -> int:
@@ -79,6 +139,8 @@ def main() -> int:
     except msgspec.MsgspecError as error:
         sys.stderr.write(f"not an order: {error}\n")
         return 2
+    if order.speed or order.home:
+        os.nice(NICE)
     with os.fdopen(answer, "wb") as out:
         out.write(msgspec.json.encode(measure(order)))
     return 0

@@ -13,9 +13,11 @@ import os
 import platform
 import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -23,23 +25,38 @@ import psutil
 from peer import children
 from peer.config import Config
 from peer.errors import BackendError, ModelError
-from peer.planning.profile import EngineProfile, ModelShape, Profile
+from peer.planning import gpus
+from peer.planning.groups import control_group_bytes, processors, share
+from peer.planning.profile import SPEEDS_MAX, EngineProfile, ModelShape, Profile, Speed
+
+__all__ = [
+    "Survey", "available_bytes", "backends_of", "clean_name", "control_group_bytes", "cores",
+    "disk_read_bytes_per_s", "engines", "measure", "profile", "shape", "speeds", "threads",
+]  # fmt: skip
 
 log = logging.getLogger("halka.planning")
 
 MEASURE_S = 90.0  # a cold GPU driver takes tens of seconds; no engine takes longer
+SPEEDS_S = 180.0  # and then computes for up to 30 on each kind of processor
+DISK_S = 30.0
 HEADROOM_SHARE = 0.10  # of what is free: stages' own Python, buffers, and everybody else
 HEADROOM_LARGE_BYTES = 512 << 20  # at least, on a machine with
 LARGE_BYTES = 4 << 30  # so much free
+_NO_ENGINE = "no engine is installed: pip install 'halka[llama]' in halka's environment"
 _LAST_LINES = 5  # of the process' own words, for the reason of its end
 
 
 class Survey(msgspec.Struct, frozen=True):
-    """What the engines said. shapes: by model folder. faults: by backend or folder, the reason."""
+    """What the engines said. shapes: by model folder.
+
+    faults: by backend, folder or kind of processor, the reason.
+    """
 
     engines: tuple[EngineProfile, ...] = ()
     shapes: dict[str, ModelShape] = {}
     faults: dict[str, str] = {}
+    speeds: tuple[Speed, ...] = ()
+    disk_read_bytes_per_s: float = 0.0
 
 
 def backends_of(config: Config) -> tuple[str, ...]:
@@ -58,9 +75,8 @@ async def measure(
     """
     names = await asyncio.to_thread(backends_of, config)
     if not names:
-        why = "no engine is installed: pip install 'halka[llama]' in halka's environment"
-        return Survey(faults={"auto": why})
-    return await _ask(names, folders, timeout_s)
+        return Survey(faults={"auto": _NO_ENGINE})
+    return await _ask(names, _folders(names, folders), timeout_s)
 
 
 async def engines(config: Config) -> tuple[EngineProfile, ...]:
@@ -79,7 +95,7 @@ async def shape(backend: str, folder: Path) -> ModelShape:
     """What a planner must know of a model of the store. Raises ModelError, saying why not."""
     for last_try in (False, True):
         try:
-            survey = await _ask((backend,), (folder,), MEASURE_S)
+            survey = await _ask((backend,), _folders((backend,), (folder,)), MEASURE_S)
         except BackendError as error:
             if last_try:
                 raise ModelError(f"{folder.name[:12]} cannot be measured: {error}") from error
@@ -91,9 +107,59 @@ async def shape(backend: str, folder: Path) -> ModelShape:
     raise ModelError("; ".join(survey.faults.values()) or "its engine gave no reason")
 
 
-async def _ask(names: Sequence[str], folders: Sequence[Path], timeout_s: float) -> Survey:
-    """One run of the measuring process. Raises BackendError."""
-    order = msgspec.json.encode({"backends": names, "folders": [str(f) for f in folders]})
+async def speeds(config: Config, folder: Path, shape: ModelShape) -> tuple[Speed, ...]:
+    """How fast this peer's processors run a model, measured on random layers. Takes seconds.
+
+    folder: of the store, with its manifest and head.gguf. Cancelling ends the process at once.
+    Raises: BackendError where nothing could be measured, with the reason.
+    """
+    names = await asyncio.to_thread(backends_of, config)
+    if not names:
+        raise BackendError(_NO_ENGINE)
+    speed = await asyncio.to_thread(_speed_order, config, folder)
+    survey = await _ask(names, {"backends": names, "speed": speed}, SPEEDS_S)
+    kinds = max(shape.kinds, default=0) + 1
+    found = tuple(
+        s
+        for s in survey.speeds
+        if s.digest == shape.digest and len(s.decode_s) == len(s.prefill_s) == kinds
+    )
+    for kind, fault in survey.faults.items():
+        log.warning("measured=no model=%s on=%s because=%s", shape.model, kind, fault)
+    if not found:
+        why = "; ".join(survey.faults.values()) or "its engine gave no reason"
+        raise BackendError(f"the speed of {shape.model} cannot be measured: {why}")
+    return found
+
+
+def _speed_order(config: Config, folder: Path) -> dict[str, Any]:
+    free = int(psutil.virtual_memory().available)
+    return {
+        "folder": str(folder),
+        "threads": threads(config),
+        "cpu_share": share(threads(config), processors()),
+        "memory_bytes": available_bytes(config.memory, free, control_group_bytes()),
+    }
+
+
+async def disk_read_bytes_per_s(home: Path) -> float:
+    """How fast the disk under `home` reads; 0.0 (and why, in the log) where it cannot be told."""
+    try:
+        return (await _ask((), {"home": str(home)}, DISK_S)).disk_read_bytes_per_s
+    except BackendError as error:
+        log.warning("disk=unmeasured because=%s", error)
+        return 0.0
+
+
+def _folders(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """The order that asks for processors and shapes."""
+    return {"backends": names, "folders": [str(folder) for folder in folders]}
+
+
+async def _ask(names: Sequence[str], what: dict[str, Any], timeout_s: float) -> Survey:
+    """One run of the measuring process. names: for errors. Raises BackendError."""
+    asked = ", ".join(names) or "the disk"
+    order = msgspec.json.encode(what)
     try:
         process = await asyncio.create_subprocess_exec(
             *children.command("peer.planning.measure"),
@@ -109,7 +175,7 @@ async def _ask(names: Sequence[str], folders: Sequence[Path], timeout_s: float) 
         answer, said = await asyncio.wait_for(process.communicate(order), timeout_s)
     except TimeoutError:
         raise BackendError(
-            f"{', '.join(names)} did not answer within {timeout_s:.0f} s: is the GPU driver hung? "
+            f"{asked} did not answer within {timeout_s:.0f} s: is the GPU driver hung? "
             "Restart the machine, or set `backend`"
         ) from None
     finally:
@@ -121,19 +187,29 @@ async def _ask(names: Sequence[str], folders: Sequence[Path], timeout_s: float) 
         lines = said.decode("utf-8", "replace").strip().splitlines()[-_LAST_LINES:]
         code = process.returncode
         how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
-        raise BackendError(f"measuring {', '.join(names)} {how}: {' | '.join(lines) or 'no word'}")
+        raise BackendError(f"measuring {asked} {how}: {' | '.join(lines) or 'no word'}")
     try:
         return msgspec.json.decode(answer, type=Survey)
     except msgspec.MsgspecError as error:
-        raise BackendError(f"measuring {', '.join(names)} gave no answer: {error}") from error
+        raise BackendError(f"measuring {asked} gave no answer: {error}") from error
 
 
-def profile(config: Config, peer_id: str, measured: Sequence[EngineProfile]) -> Profile:
+def profile(
+    config: Config,
+    peer_id: str,
+    measured: Sequence[EngineProfile],
+    *,
+    disk_read_bytes_per_s: float = 0.0,
+    speeds: Sequence[Speed] = (),
+) -> Profile:
     """This machine, now. Blocks for milliseconds: call it from a thread where a loop must not wait.
 
-    measured: the engines. The setting `memory` caps what they have free, too.
+    measured: the engines; what NVIDIA cards among them have free is asked anew. The setting
+    `memory` caps what they have free, too.
     """
     memory = psutil.virtual_memory()
+    if any(engine.kind == "cuda" for engine in measured):
+        measured = gpus.refreshed(measured, gpus.cards()[0])
     available = available_bytes(config.memory, int(memory.available), control_group_bytes())
     if config.memory:
         measured = [
@@ -152,7 +228,25 @@ def profile(config: Config, peer_id: str, measured: Sequence[EngineProfile]) -> 
         spread_all=config.spread == "all",
         context_wanted=min(config.context, 1 << 31),
         model_wanted=config.model,
+        unified_memory=_unified(measured, sys.platform, platform.machine()),
+        threads=threads(config),
+        cpu_share=share(threads(config), processors()),
+        disk_read_bytes_per_s=disk_read_bytes_per_s,
+        speeds=tuple(speeds)[-SPEEDS_MAX:],
     )
+
+
+def threads(config: Config) -> int:
+    """Of a stage, and of measuring: as set, or one for each physical core."""
+    return config.threads or cores()
+
+
+def _unified(engines: Sequence[EngineProfile], system: str, machine: str) -> bool:
+    """Whether what a GPU holds is taken from the machine's own memory."""
+    if (system, machine) == ("darwin", "arm64"):
+        return True
+    cards = [engine for engine in engines if engine.kind != "cpu"]
+    return bool(cards) and all(engine.integrated for engine in cards)
 
 
 def available_bytes(setting_bytes: int, free_bytes: int, group_bytes: int | None) -> int:
@@ -176,52 +270,6 @@ def clean_name(text: str) -> str:
     """A machine's name, fit to be shown: printable, short, without its domain, never empty."""
     name = "".join(c for c in text.split(".")[0] if c.isprintable()).strip()
     return name[:64] or "unnamed"
-
-
-def control_group_bytes(
-    own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """What the memory limits of the control groups around this process leave; None: no limit.
-
-    Version 1 and 2, and both at once. Pages of files that the kernel could drop are not counted as
-    used: mapped weights are such pages.
-    """
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None  # not Linux
-    left: list[int] = []
-    for line in lines:
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers == "":
-            names = ("memory.max", "memory.current", "inactive_file")
-            roots = [mounted, mounted / "unified"]
-        elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            roots = [mounted / "memory"]
-        else:
-            continue
-        for root in roots:
-            # In a container the path may be the host's; the container's own group is the root then.
-            folder = root / path.strip("/")
-            for group in (folder, *folder.parents):
-                if group.is_relative_to(root):
-                    left += _left_bytes(group, *names)
-    return min(left, default=None)
-
-
-def _left_bytes(group: Path, limit_file: str, usage_file: str, droppable: str) -> list[int]:
-    """[bytes left] in one control group, [] where it has no limit."""
-    try:
-        limit = int((group / limit_file).read_text(encoding="utf-8"))
-        used = int((group / usage_file).read_text(encoding="utf-8"))
-        pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        stat = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
-    except (OSError, ValueError):  # ValueError: "max"
-        return []
-    if limit >= 1 << 60:  # how version 1 says "none"
-        return []
-    return [max(0, limit - used + stat.get(droppable, 0))]
 
 
 def _disk_free_bytes(home: Path) -> int:

@@ -17,9 +17,9 @@ from peer.config import Config
 from peer.errors import BackendError, ModelError
 from peer.models.imports import import_gguf
 from peer.models.store import Store
-from peer.planning import survey
+from peer.planning import gpus, survey
 from peer.planning.measure import MeasureOrder, measure
-from peer.planning.profile import EngineProfile, Profile
+from peer.planning.profile import EngineProfile, Profile, Speed
 from tests import fake_models
 
 GIB = 1 << 30
@@ -78,6 +78,11 @@ async def test_a_backend_that_is_not_there_is_named(config: Config) -> None:
     assert found.engines == ()
     assert "mlx" in found.faults["mlx"]
     assert await survey.engines(changed(config, backend="mlx")) == ()
+
+
+def found_in(folder: Path, *patterns: str) -> list[str]:
+    """Names in a folder, sorted."""
+    return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
 
 
 def script(folder: Path, body: str) -> str:
@@ -139,6 +144,60 @@ async def test_a_cancelled_survey_leaves_no_process(
     assert not psutil.pid_exists(number)
 
 
+async def test_speeds_are_measured_from_the_header_alone(config: Config, folder: Path) -> None:
+    for name in found_in(folder, "layer-*", "embed*", "output*"):
+        (folder / name).unlink()
+    shape = await survey.shape("fake", folder)
+    (speed,) = await survey.speeds(changed(config, threads=3), folder, shape)
+    assert (speed.digest, speed.backend, speed.kind) == (shape.digest, "fake", "cpu")
+    assert speed.threads == 3
+    assert len(speed.decode_s) == len(speed.prefill_s) == 1
+    assert min(speed.decode_s[0], speed.prefill_s[0], speed.output_s) > 0
+    assert found_in(folder, "*") == ["head.gguf", "manifest.json"]
+
+
+async def test_a_speed_that_cannot_be_measured_is_a_reason(config: Config, folder: Path) -> None:
+    shape = await survey.shape("fake", folder)
+    with pytest.raises(BackendError, match="more than can be tried out here"):
+        await survey.speeds(changed(config, memory=1), folder, shape)
+    (folder / "head.gguf").unlink()
+    with pytest.raises(BackendError, match="missing"):
+        await survey.speeds(config, folder, shape)
+    with pytest.raises(BackendError, match="mlx"):
+        await survey.speeds(changed(config, backend="mlx"), folder, shape)
+
+
+async def test_an_answer_that_comes_ends_measuring_at_once(
+    config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch, until: Callable
+) -> None:
+    monkeypatch.setenv("HALKA_FAKE_DELAY_S", "5")
+    shape = await survey.shape("fake", folder)
+    task = asyncio.create_task(survey.speeds(config, folder, shape))
+    await until(lambda: found_in(folder, "measure-*/layer-*"), 20, "layers are written")
+    task.cancel()
+    began_s = asyncio.get_running_loop().time()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert asyncio.get_running_loop().time() - began_s < 1
+    assert found_in(folder, "measure-*"), "killed: it could not clean up"
+    monkeypatch.delenv("HALKA_FAKE_DELAY_S")
+    await survey.speeds(config, folder, shape)
+    assert not found_in(folder, "measure-*"), "the next one did"
+
+
+async def test_the_disk_is_measured_in_the_process_too(config: Config, tmp_path: Path) -> None:
+    assert await survey.disk_read_bytes_per_s(tmp_path) > 1e6
+    assert not found_in(tmp_path, ".disk*")
+
+
+async def test_a_disk_that_hangs_counts_as_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", script(tmp_path, "time.sleep(600)"))
+    monkeypatch.setattr(survey, "DISK_S", 0.2)
+    assert await survey.disk_read_bytes_per_s(tmp_path) == 0.0
+
+
 def test_measuring_many_models_takes_the_shapes_of_the_good_ones(folder: Path) -> None:
     found = measure(MeasureOrder(("none", "fake"), (str(folder), "/nowhere")))
     assert set(found.shapes) == {str(folder)}
@@ -156,6 +215,37 @@ def test_a_profile_is_a_profile(config: Config) -> None:
     capped = survey.profile(changed(config, memory=1 << 20), "a" * 16, engines)
     assert capped.memory_available_bytes == 1 << 20
     assert capped.engines[0].memory_free_bytes == 1 << 20
+
+
+def test_a_profile_tells_what_a_stage_gets(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "processors", lambda: 1.0)
+    speed = Speed("0" * 64, "fake", "cpu", 4, (0.1,), (0.2,), 512)
+    profile = survey.profile(
+        changed(config, threads=4), "a" * 16, (), disk_read_bytes_per_s=5e8, speeds=[speed] * 40
+    )
+    assert (profile.threads, profile.cpu_share) == (4, 0.25)
+    assert profile.disk_read_bytes_per_s == 5e8
+    assert profile.speeds == (speed,) * 32
+    assert survey.profile(config, "a" * 16, ()).threads == survey.cores()
+
+
+def test_free_memory_of_cards_is_asked_anew(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "cards", lambda: ((gpus.Card("RTX", 3 * GIB, 8 * GIB),), "1"))
+    card = EngineProfile("llama_cpp", "RTX", "cuda", 7 * GIB, 8 * GIB)
+    assert survey.profile(config, "a" * 16, [card]).engines[0].memory_free_bytes == 3 * GIB
+
+
+def test_memory_is_unified_where_every_gpu_uses_the_machines() -> None:
+    cpu = EngineProfile("llama_cpp", "CPU", "cpu")
+    inside = EngineProfile("llama_cpp", "Iris", "vulkan", integrated=True)
+    card = EngineProfile("llama_cpp", "RTX", "cuda")
+    assert survey._unified([cpu], "darwin", "arm64")
+    assert not survey._unified([cpu], "darwin", "x86_64")
+    assert not survey._unified([cpu], "linux", "aarch64")
+    assert survey._unified([cpu, inside], "linux", "x86_64")
+    assert not survey._unified([cpu, inside, card], "linux", "x86_64")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,282 @@
+"""Times windows of random layers on a real engine, as a stage would run them.
+
+Each window is loaded through the engine's own door and given steps of one row, and chunks of many.
+Steps are short and taken singly, and the faster half of them counts: what a busy machine, or a
+control group that throttles, does to the others is not this engine's speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Backend, BackendFault, Batch, Device, Engine, Header, Settings, Window
+from peer.planning import trials
+from peer.planning.profile import ModelShape, Speed
+from peer.planning.random_layers import RandomLayers
+from peer.planning.trials import Trial, by_kind, quick_s
+from peer.protocol import Sampling
+from peer.ring.sampling import Sampler
+
+ROWS = 512  # of a prefill chunk
+CHUNK_S = 1.5  # it may take at most; else it has fewer rows
+WANTED_BYTES = 128 << 20  # of active weights: more than a processor's cache
+BUDGET_BYTES = 2 << 30  # of weights at once
+BUDGET_SHARE = 4  # … and a quarter of the free memory
+_SOME_ROWS = 16  # by which the length of a chunk is chosen
+_STEPS = (6, 60)  # of one row: at least, and at most
+_STEPS_S = 0.2  # for them
+_CHUNKS = (3, 10)
+_CHUNKS_S = 0.8
+_LONGER = 3  # so many times as long, and as many, where something else disturbs them
+_REST_S = 0.003  # between steps: in a ring a stage waits for others, and wakes up again
+_PERIOD_S = 0.1  # of a control group's quota
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Under which a model is measured. cpu_share: as in Profile. memory_bytes: free for it."""
+
+    threads: int
+    cpu_share: float
+    memory_bytes: int
+    until_s: float  # time.monotonic() at which it must be over
+
+
+class _Over(Exception):
+    """There is no time left."""
+
+
+class Stopwatch:
+    """One model on one of an engine's kinds of processors."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        device: Device,
+        header: Header,
+        shape: ModelShape,
+        layers: RandomLayers,
+        terms: Terms,
+    ) -> None:
+        self._engine, self._header, self._shape = engine, header, shape
+        self._layers, self._terms = layers, terms
+        self.kind = device.kind
+        gpu_layers = 0 if device.kind == "cpu" else -1
+        self._settings = Settings(1, ROWS, ROWS, terms.threads, gpu_layers)
+        memory = terms.memory_bytes
+        if device.kind != "cpu":
+            memory = min(memory, device.memory_free_bytes)
+        self._budget_bytes = min(BUDGET_BYTES, memory // BUDGET_SHARE)
+        self._burst_s = _PERIOD_S * terms.cpu_share if terms.cpu_share < 1 else float("inf")
+        self._random = np.random.default_rng(1)
+        # Sparse, so that rows differ in direction: a router then sends them to different experts.
+        values = self._random.random((ROWS, shape.hidden), dtype=np.float32) < 0.25
+        self._rows = values.astype(np.float32) * 3
+        self._ids = self._random.integers(0, max(1, shape.vocabulary), ROWS).astype(np.int32)
+        self._chunk = 0  # rows of a chunk, once known
+
+    def speed(self, backend: str, families: tuple[int, ...]) -> Speed:
+        """Measure it. Raises BackendFault, ModelError."""
+        shape = self._shape
+        plan = trials.choose(shape, families, self._budget_bytes, WANTED_BYTES)
+        try:
+            times = self._in_windows(plan) if plan.short else self._as_a_whole()
+        except _Over:
+            raise BackendFault(
+                "running even one layer of it takes too long to be measured"
+            ) from None
+        decode_s, prefill_s, window_s, head_s = times
+        return Speed(
+            shape.digest,
+            backend,
+            self.kind,
+            self._terms.threads,
+            decode_s,
+            prefill_s,
+            self._chunk,
+            window_s,
+            head_s + self._sampler_s(),
+        )
+
+    def _in_windows(
+        self, plan: trials.Trials
+    ) -> tuple[tuple[float, ...], tuple[float, ...], float, float]:
+        """Kinds one by one; those for which there is no time or window are told by their bytes."""
+        weights = self._kind_bytes()
+        window_s = self._around(plan)
+        chunks: list[tuple[tuple[int, ...], float]] = []
+        steps: list[tuple[tuple[int, ...], float]] = []
+        for kind in plan.kinds:
+            if kind not in plan.long:
+                continue
+            try:
+                with self._loaded(plan.short[kind]) as run:
+                    chunk_s = self._chunk_s(run)
+                with self._loaded(plan.long[kind]) as run:
+                    step_s = self._step_s(run)
+            except _Over:
+                if not steps:
+                    raise
+                break
+            # Of a very short window the rest is the layers' own, at least in part.
+            chunks.append((plan.short[kind].counts, max(chunk_s - window_s, chunk_s / 2)))
+            steps.append((plan.long[kind].counts, max(step_s - window_s, step_s / 2)))
+        decode_s, prefill_s = by_kind(steps, weights), by_kind(chunks, weights)
+        return decode_s, prefill_s, window_s, self._head_s(decode_s, window_s)
+
+    def _as_a_whole(self) -> tuple[tuple[float, ...], tuple[float, ...], float, float]:
+        """A model that cannot be cut: all of it, told apart by bytes."""
+        shape = self._shape
+        whole = trials.itself(shape, 0, shape.layers)
+        size = shape.window_bytes(0, shape.layers)
+        if size > self._budget_bytes:
+            why = shape.whole_why or "no window of it is small enough"
+            raise BackendFault(
+                f"its {size} bytes are more than can be tried out here "
+                f"({self._budget_bytes}), and fewer cannot be: {why}"
+            )
+        with self._loaded(whole) as run:
+            chunk_s, step_s = self._chunk_s(run), self._step_s(run)
+        head_bytes = shape.output_bytes or shape.embed_bytes
+        active_bytes = sum(shape.active_bytes)
+        head_s = step_s * head_bytes / max(1, active_bytes + head_bytes)
+        weights = self._kind_bytes()
+        decode_s = by_kind([(whole.counts, step_s - head_s)], weights)
+        return decode_s, by_kind([(whole.counts, chunk_s)], weights), 0.0, head_s
+
+    def _kind_bytes(self) -> tuple[int, ...]:
+        """What one token reads of a layer, by kind."""
+        kinds = self._shape.kinds
+        every = range(max(kinds) + 1)
+        return tuple(self._shape.active_bytes[kinds.index(kind)] for kind in every)
+
+    def _around(self, plan: trials.Trials) -> float:
+        """window_s, with a rest before each step."""
+        if plan.single is None or plan.several is None:
+            return 0.0
+        with self._loaded(plan.single) as run:
+            single_s = self._step_s(run, _REST_S)
+        with self._loaded(plan.several) as run:
+            several_s = self._step_s(run, _REST_S)
+        return trials.around_s(single_s, several_s, plan.times)
+
+    def _head_s(self, decode_s: tuple[float, ...], window_s: float) -> float:
+        """The output head for one row: what a window that ends in it takes beyond its layers."""
+        shape = self._shape
+        weights = self._kind_bytes()
+        head_bytes = shape.output_bytes or shape.embed_bytes
+        by_bytes = head_bytes * sum(decode_s) / max(1, sum(weights))
+        trial = trials.tail(shape, self._budget_bytes)
+        if trial is None:
+            return by_bytes
+        try:
+            with self._loaded(trial) as run:
+                step_s = self._step_s(run)
+        except _Over:
+            return by_bytes
+        layers_s = sum(n * s for n, s in zip(trial.counts, decode_s, strict=True))
+        return max(step_s - layers_s - window_s, 0.0)
+
+    @contextmanager
+    def _loaded(self, trial: Trial) -> Iterator[_Run]:
+        """The trial's window, ready to run."""
+        if time.monotonic() > self._terms.until_s:
+            raise _Over
+        recipe = self._engine.recipe(self._header, trial.first, trial.last)
+        backend = self._engine.open(self._settings)
+        try:
+            files = self._layers.place(trial, recipe)
+            total = self._shape.layers
+            window = Window(trial.first, trial.last, total, self._header, files.files, files.embed)
+            backend.load(window)
+            yield _Run(backend, window, self._ids if window.is_first else self._rows)
+        finally:
+            backend.close()
+
+    def _step_s(self, run: _Run, rest_s: float = 0.0) -> float:
+        """Seconds of a step of one row."""
+        return quick_s(self._sampled(lambda at: run.step(at, 1), _STEPS, _STEPS_S, rest_s))
+
+    def _chunk_s(self, run: _Run) -> float:
+        """Seconds of a prefill chunk. The first one's chooses how many rows it has."""
+        if not self._chunk:
+            run.step(0, _SOME_ROWS)  # maps the weights
+            run.backend.trim(0, 0)
+            some_s = _timed(lambda: run.step(0, _SOME_ROWS))
+            run.backend.trim(0, 0)
+            # A chunk that fits between two throttlings tells the speed without them.
+            longest_s = min(CHUNK_S, self._burst_s * 0.8)
+            self._chunk = trials.chunk_rows(_SOME_ROWS, some_s, longest_s, ROWS)
+
+        def chunk(_at: int) -> None:
+            run.step(0, self._chunk)
+
+        def empty() -> None:
+            run.backend.trim(0, 0)
+
+        samples = self._sampled(chunk, _CHUNKS, _CHUNKS_S, 0.0, empty)
+        return quick_s(samples)
+
+    def _sampled(
+        self,
+        step: Callable[[int], object],
+        counts: tuple[int, int],
+        limit_s: float,
+        rest_s: float,
+        after: Callable[[], object] = lambda: None,
+    ) -> list[float]:
+        """Times of steps, the first left out: it maps the weights. Raises _Over."""
+        least, most = counts
+        samples: list[float] = []
+        began_s = time.monotonic()
+        for at in range(_LONGER * most + 1):
+            took_s = _timed(partial(step, at))
+            after()
+            samples.append(took_s)
+            now_s = time.monotonic()
+            if now_s > self._terms.until_s:
+                raise _Over
+            count, after_s = len(samples) - 1, now_s - began_s
+            enough = count >= least and (count >= most or after_s > limit_s)
+            if enough and (after_s > _LONGER * limit_s or not trials.disturbed(samples[1:])):
+                break
+            # A long step wants the whole of a quota that is filled anew every 0.1 s.
+            time.sleep(_PERIOD_S if took_s > self._burst_s / 4 else rest_s)
+        return samples[1:]
+
+    def _sampler_s(self) -> float:
+        """Choosing a token, with the settings that a client gets who asks for none."""
+        sampler = Sampler(Sampling(seed=1), ())
+        logits = self._random.normal(0, 3, (8, max(2, self._shape.vocabulary))).astype(np.float32)
+        return quick_s([_timed(partial(sampler.sample, row, 1)) for row in logits])
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A loaded window and what it is given."""
+
+    backend: Backend
+    window: Window
+    given: NDArray[np.float32] | NDArray[np.int32]
+
+    def step(self, position: int, rows: int) -> None:
+        """So many rows of slot 0, from `position` on."""
+        at = position % (len(self.given) - rows + 1)
+        outputs = np.zeros(rows, dtype=np.bool_)
+        outputs[-1] = True
+        positions = np.arange(position, position + rows, dtype=np.int32)
+        batch = Batch(np.zeros(rows, dtype=np.int32), positions, outputs)
+        self.backend.run(self.window, batch, self.given[at : at + rows])
+
+
+def _timed(step: Callable[[], object]) -> float:
+    began_s = time.perf_counter()
+    step()
+    return time.perf_counter() - began_s
