@@ -285,7 +285,6 @@ def _instead(what: str, before_s: float, after_s: float) -> str:
         return f"{what} {moment(after_s)} as before"
     text = f"{what} {moment(after_s)} instead of {moment(before_s)}"
     if slow / fast < 1.25:  # of what it was before
-        return (
-            f"{text} ({abs(after_s / before_s - 1):.0%} {'less' if after_s < before_s else 'more'})"
-        )
+        percent = abs(after_s / before_s - 1) * 100
+        return f"{text} ({percent:.0f} % {'less' if after_s < before_s else 'more'})"
     return f"{text} ({slow / fast:.1f} times as {'fast' if after_s < before_s else 'slow'})"

@@ -96,10 +96,11 @@ def _save(basis: Basis, path: Path) -> None:
 def _case(basis: Basis, model: KnownModel, source: Source | None) -> Case:
     """The peers of now, each with speeds for this model as far as anything is known of them."""
     known, reckoned = [], []
+    names = basis.labels()
     for profile in basis.profiles:
         profile, was = _with_speeds(profile, basis, model, source)
         known.append(profile)
-        reckoned += [profile.name] if was else []
+        reckoned += [names[profile.peer_id]] if was else []
     return Case(basis, model, tuple(known), tuple(reckoned))
 
 
@@ -115,7 +116,6 @@ def _with_speeds(
 
 def _changed(case: Case, change: WhatIf, source: Source | None) -> tuple[Profile, ...]:
     """The peers as they would be. Raises: CommandError (2)."""
-    added: list[Profile] = []
     everyone = list(case.known)
     for name in change.joins if source else ():
         assert source is not None
@@ -127,7 +127,6 @@ def _changed(case: Case, change: WhatIf, source: Source | None) -> tuple[Profile
         everyone.append(new)
         if peer_id in source.cables:
             everyone = cables.recabled(everyone, peer_id, source.cables[peer_id])
-        added.append(new)
     return tuple(whatif.profiles(everyone, change, case.model.shape))
 
 

@@ -341,6 +341,7 @@ async def test_health_status_plan_and_the_root_say_how_things_are() -> None:
         assert await get("/health") == (200, {"status": "ok"})
         assert await get("/halka/status") == (200, {"peers": 1})
         assert await get("/halka/plan") == (200, {"windows": []})
+        assert await get("/halka/profiles") == (200, {"profiles": []})
         status, root = await get("/")
         assert (status, root["name"], root["models"]) == (200, "halka", [MODEL])
         async with http.head("/") as response:
