@@ -128,8 +128,8 @@ async def test_a_member_that_floods_with_probes_is_no_reason_to_lose_anybody_or_
         await asyncio.sleep(0)
         waits.append(time.monotonic() - began)
         most = max(most, process.memory_info().rss)
-    assert taken > 500
-    assert most - before < 200 << 20  # three peers' queues of 32 messages, in both directions
+    assert taken > 200
+    assert most - before < 100 << 20  # the queues: 32 messages, at both ends
     assert max(waits) < 0.5  # the loop that they share went on
     assert not [told for peer in (a, flooding, other) for told in peer.ear.told if "lost" in told]
     assert a.cluster.send(other.cluster.me, Plans(term=1, states=()))
