@@ -10,20 +10,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from peer.clockwork import Alarm, Turns
 from peer.cluster.driver import Cluster
 from peer.cluster.identity import Identity
 from peer.config import Config
 from peer.errors import ModelError, PeerError
+from peer.measuring import Measuring
 from peer.models import transfer
+from peer.models.manifest import Manifest
 from peer.models.parts import contradiction
 from peer.models.store import Store
 from peer.planning import duty as d
 from peer.planning import rollout as r
+from peer.planning.making import Question, answer
 from peer.planning.plan import Plan, PlanId
-from peer.planning.profile import PEERS_MAX, ModelOffer, Profile
+from peer.planning.profile import PEERS_MAX, Link, ModelOffer, ModelShape, Profile
 from peer.protocol import (
     Announce,
     ChunkHere,
@@ -41,6 +45,8 @@ from peer.ring.supervisor import Supervisor, physical_cores
 from peer.serving import Serving, Spawn
 
 log = logging.getLogger("halka.agent")
+
+QUIET_S = 1.5  # after a stage's last step, before anything is measured; > the time between its news
 
 
 class Agent:
@@ -71,6 +77,9 @@ class Agent:
             identity.public.encode(), identity.secret.encode(), config.timing.step_s + 10
         )
         self.serving = Serving(self.duty, self.entry, store, self._present_offers, spawn)
+        self.measuring = Measuring(config, self, profile)
+        self._stepped_at, self._steps = -QUIET_S, 0  # of this peer's stages
+        self._questions: asyncio.Queue[Question] = asyncio.Queue()
         self._turns = Turns()
         self._duty_alarm = Alarm(lambda: self._duty(d.Tick()))
         self._rollout_alarm = Alarm(lambda: self._rollout(r.Tick()))
@@ -130,6 +139,32 @@ class Agent:
             case _:
                 log.debug("dropped=%s from=%s", type(message).__name__, peer_id)
 
+    def busy(self) -> bool:
+        """Whether this peer computes or loads, or serves an answer: nothing is measured then."""
+        loads = any(
+            part.mine and not part.dead and part.report.phase in ("fetching", "loading")
+            for part in self.duty.parts.values()
+        )
+        stepped = time.monotonic() - self._stepped_at < QUIET_S
+        return loads or stepped or self.entry.running > 0
+
+    def linked(self, link: Link) -> None:
+        """A link was measured."""
+        self.measuring.linked(link)
+
+    def wanted(self) -> Sequence[ModelShape]:
+        """The models whose speeds the coordinator wants, or will."""
+        digests = set(self.heard.measure) if self.heard else set()
+        offered = {offer.shape.digest: offer.shape for offer in self._present_offers()}
+        mine = self.rollout.wanted
+        wanted = {mine.digest: mine} if mine else {}
+        return [*(wanted | {d: s for d, s in offered.items() if d in digests}).values()]
+
+    async def header(self, shape: ModelShape) -> Path:
+        """The folder of a model of the cluster, once head.gguf is in it."""
+        await self._parts(shape.digest, ("head",), lambda done, total: None)
+        return self.store.folder(shape.digest)
+
     def _announcement(self) -> Announce:
         return Announce(self.profiles[self.me], tuple(self.offers[self.me])[:64])
 
@@ -142,7 +177,7 @@ class Agent:
 
     def introduce(self, profile: Profile) -> None:
         """This machine can do something else than before: tell everybody."""
-        self.profiles[self.me] = profile
+        self.profiles[self.me] = self.measuring.profile = profile
         self.cluster.broadcast(self._announcement())
         self._members()
 
@@ -184,6 +219,8 @@ class Agent:
                         self._hear(plans)
                     case r.Note(text):
                         log.info("role=coordinator term=%d %s", self.cluster.term, text)
+                    case r.Solve(question):
+                        self._questions.put_nowait(question)
             self._rollout_alarm.set(self.rollout.deadline)
 
         self._turns.take(turn)
@@ -260,7 +297,27 @@ class Agent:
         )
 
     async def _fetch_parts(self, plan: Plan, parts: tuple[str, ...]) -> None:
-        digest = plan.shape.digest
+        def progress(done: int, total: int) -> None:
+            self._duty(d.Fetching(plan.id, done, total))
+
+        why = ""
+        try:
+            manifest = await self._parts(plan.shape.digest, parts, progress)
+            if lie := contradiction(manifest, plan.shape):
+                why = f"the plan states another `{lie}` for {manifest.model} than its manifest"
+                log.warning("refused=plan plan=%s because=%s", plan.id, why)
+        except (ModelError, PeerError) as error:
+            why = str(error)
+            log.warning("fetched=no plan=%s because=%s", plan.id, why)
+        self._fetches.pop(plan.id, None)
+        self._duty(d.Fetched(plan.id, why))
+        if not why:
+            self.serving.learn(plan)
+
+    async def _parts(
+        self, digest: str, parts: tuple[str, ...], progress: Callable[[int, int], None]
+    ) -> Manifest:
+        """Have these parts of a model here, from whoever has them. Raises ModelError, PeerError."""
 
         def offers() -> Mapping[str, Sequence[str]]:
             return {
@@ -276,22 +333,7 @@ class Agent:
         ) -> ManifestHere | ChunkHere:
             return await self.cluster.ask(peer_id, message, self.config.timing.request_s)
 
-        def progress(done: int, total: int) -> None:
-            self._duty(d.Fetching(plan.id, done, total))
-
-        why = ""
-        try:
-            manifest = await transfer.fetch(self.store, digest, parts, offers, ask, progress)
-            if lie := contradiction(manifest, plan.shape):
-                why = f"the plan states another `{lie}` for {manifest.model} than its manifest"
-                log.warning("refused=plan plan=%s because=%s", plan.id, why)
-        except (ModelError, PeerError) as error:
-            why = str(error)
-            log.warning("fetched=no plan=%s because=%s", plan.id, why)
-        self._fetches.pop(plan.id, None)
-        self._duty(d.Fetched(plan.id, why))
-        if not why:
-            self.serving.learn(plan)
+        return await transfer.fetch(self.store, digest, parts, offers, ask, progress)
 
     async def _start(self, plan: Plan) -> None:
         part = self.duty.parts.get(plan.id)
@@ -316,7 +358,20 @@ class Agent:
         self._admit()  # whoever joined meanwhile
 
     def _stage_told(self, plan: PlanId, news: StageNews) -> None:
+        if news.steps != self._steps:
+            self._steps, self._stepped_at = news.steps, time.monotonic()
         self._duty(d.Told(plan, news))
+        part = self.duty.parts.get(plan)
+        if news.timed and part and not part.dead:
+            self.measuring.corrected(part.state.plan, news.timed)
+
+    async def plan(self) -> None:
+        """Answer the coordinator's questions in a thread, the last one only, until cancelled."""
+        while True:
+            question = await self._questions.get()
+            while not self._questions.empty():
+                question = self._questions.get_nowait()
+            self._rollout(r.Solved(await asyncio.to_thread(answer, question)))
 
     def _stage_exited(self, plan: PlanId, why: str) -> None:
         self._duty(d.Exited(plan, why))

@@ -113,6 +113,8 @@ class Daemon:
                 await self._begin(agent)
                 helpers = [
                     spawn(agent.cluster.run(), "cluster"),
+                    spawn(agent.plan(), "planner"),
+                    spawn(agent.measuring.run(), "measuring"),
                     spawn(self._watch_store(agent, store), "store"),
                     spawn(self._tell_service_manager(agent), "service manager"),
                 ]
@@ -231,8 +233,12 @@ class _Service:
         return report.status(self._agent, self._daemon.started, self._daemon.http)
 
     def plan(self) -> Mapping[str, Any] | None:
-        """The plan, with its phase."""
+        """The plan, with its phase, its forecast and what it really takes."""
         return report.plan(self._agent)
+
+    def profiles(self) -> Mapping[str, Any]:
+        """All that a plan is made of."""
+        return report.profiles(self._agent)
 
 
 def _write(path: Path, text: str) -> None:

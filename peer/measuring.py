@@ -1,0 +1,163 @@
+"""This peer's numbers: its speed with the models that are wanted, its disk, its links. A shell.
+
+Measured when nothing else is computed here, in a process that is ended the moment an answer comes;
+kept from start to start; corrected by what the stages really take. What is found goes into the
+peer's profile, which tells everybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from msgspec.structs import replace
+
+from peer.clockwork import Retries
+from peer.config import Config
+from peer.errors import BackendError, ModelError, PeerError
+from peer.planning import survey
+from peer.planning.correction import corrected
+from peer.planning.plan import Plan
+from peer.planning.profile import PEERS_MAX, SPEEDS_MAX, Link, ModelShape, Profile
+from peer.planning.speeds import Speeds
+from peer.protocol import Timed
+
+log = logging.getLogger("halka.measuring")
+
+T = TypeVar("T")
+
+LOOK_S = 0.25  # between looks whether something is to be measured, or an answer has come
+AGAIN_S, AGAIN_MAX_S = 30.0, 3600.0  # after measuring failed
+
+
+class Host(Protocol):
+    """What measuring needs of its agent."""
+
+    def busy(self) -> bool:
+        """Whether this peer computes or loads, or serves an answer."""
+        ...
+
+    def wanted(self) -> Sequence[ModelShape]:
+        """The models whose speeds are wanted."""
+        ...
+
+    async def header(self, shape: ModelShape) -> Path:
+        """The model's folder, once its head is in it. Raises ModelError or PeerError."""
+        ...
+
+    def introduce(self, profile: Profile) -> None:
+        """This peer's profile has changed."""
+        ...
+
+
+class Measuring:
+    """Keeps the numbers of one peer's profile true."""
+
+    def __init__(self, config: Config, host: Host, profile: Profile) -> None:
+        self._config, self._host = config, host
+        self.profile = profile
+        self._speeds = Speeds(config.home)
+        self._retries = Retries(AGAIN_S, AGAIN_MAX_S)
+        self._corrections: dict[tuple[str, str, str], float] = {}  # not written yet
+
+    def change(self, **changes: object) -> None:
+        """Put something new into the profile and tell it."""
+        profile = replace(self.profile, **changes)
+        if profile != self.profile:
+            self.profile = profile
+            self._host.introduce(profile)
+
+    def linked(self, link: Link) -> None:
+        """A link was measured."""
+        others = [known for known in self.profile.links if known.peer_id != link.peer_id]
+        self.change(links=(*others[-PEERS_MAX + 1 :], link))
+
+    def corrected(self, plan: Plan, timed: Timed) -> None:
+        """The stage of this peer told what its steps take."""
+        if (found := corrected(self.profile, plan, timed)) is None:
+            return
+        self.change(speeds=found.speeds)
+        for speed in found.speeds:
+            if speed.digest == plan.shape.digest:
+                log.info(
+                    "correction=%.2f model=%s kind=%s because=stage",
+                    speed.correction, plan.shape.model, speed.kind,
+                )  # fmt: skip
+                told = speed.digest, speed.backend, speed.kind
+                self._corrections[told] = speed.correction
+
+    async def run(self) -> None:
+        """Measure what is wanted, when there is time for it, until cancelled."""
+        while True:
+            for shape in self._host.wanted():
+                if self.profile.engines and not self._known(shape):
+                    await self._learn(shape)
+            while self._corrections:
+                told, correction = self._corrections.popitem()
+                await asyncio.to_thread(self._speeds.correct, *told, correction)
+            await asyncio.sleep(LOOK_S)
+
+    def _known(self, shape: ModelShape) -> bool:
+        backend = self.profile.engines[0].backend
+        speeds = {(speed.backend, speed.digest) for speed in self.profile.speeds}
+        return (backend, shape.digest) in speeds or not self._retries.due(
+            shape.digest, time.monotonic()
+        )
+
+    async def _learn(self, shape: ModelShape) -> None:
+        """From what is kept, else by measuring."""
+        began = time.monotonic()
+        try:
+            folder = await self._host.header(shape)
+            known = self._config, shape, self.profile.engines
+            kept = await asyncio.to_thread(self._speeds.find, *known)
+            if not kept and self._host.busy():
+                return
+            found = kept or await self._undisturbing(survey.speeds(self._config, folder, shape))
+            if not found:
+                return  # an answer came: again when it has ended
+            if not kept:
+                await asyncio.to_thread(self._speeds.keep, *known, found)
+        except (BackendError, ModelError, PeerError) as error:
+            log.warning("measured=no model=%s because=%s", shape.model, error)
+            self._retries.failed(shape.digest, time.monotonic())
+            if isinstance(error, BackendError):  # otherwise its header may still come
+                self.change(unmeasured=(*self.profile.unmeasured, shape.digest)[-SPEEDS_MAX:])
+            return
+        self._retries.worked(shape.digest)
+        log.info(
+            "measured=%s seconds=%.1f kept=%s kinds=%s",
+            shape.model, time.monotonic() - began, bool(kept), ",".join(s.kind for s in found),
+        )  # fmt: skip
+        others = [speed for speed in self.profile.speeds if speed.digest != shape.digest]
+        self.change(
+            speeds=(*others, *found)[-SPEEDS_MAX:],
+            unmeasured=tuple(d for d in self.profile.unmeasured if d != shape.digest),
+            disk_read_bytes_per_s=await self._disk(),
+        )
+
+    async def _disk(self) -> float:
+        """Its disk's speed, measured once, and only for engines whose weights fill memory."""
+        if self.profile.disk_read_bytes_per_s or self._config.backend == "fake":
+            return self.profile.disk_read_bytes_per_s
+        rate = await self._undisturbing(survey.disk_read_bytes_per_s(self._config.home))
+        return rate or 0.0
+
+    async def _undisturbing(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What the work finds; None where an answer came and ended it."""
+        task = asyncio.create_task(work)
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=LOOK_S)
+                if self._host.busy() and not task.done():
+                    return None
+            return task.result()
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, BackendError):
+                await task
