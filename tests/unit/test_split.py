@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import re
-import time
 import tracemalloc
 from collections.abc import Sequence
 from itertools import combinations, islice, permutations, product
@@ -16,7 +15,7 @@ from msgspec.structs import replace
 from peer.errors import NoPlan
 from peer.planning.costs import Size, compute_bytes, logits_bytes
 from peer.planning.plan import Plan, PlanId, Split, check
-from peer.planning.profile import EngineProfile, ModelShape, Profile, Speed
+from peer.planning.profile import EngineProfile, Link, ModelShape, Profile, Speed
 from peer.planning.split import CONTEXT_LEAST, Wishes, solve
 
 MIB = 1 << 20
@@ -256,19 +255,15 @@ def many(count: int, memory_mib: float = 4000) -> list[Profile]:
     ]
 
 
-@pytest.mark.parametrize(("layers", "limit_s"), [(128, 1.0), (512, 1.0), (4096, 3.0)])
-def test_many_peers_and_layers_do_not_hold_up_the_coordinator(layers: int, limit_s: float) -> None:
-    """It takes 0.02 and 0.06 s; a matrix over all windows of 4,096 layers took 9 s and 2.5 GiB."""
-    profiles, model = many(64), shape(layers)
-    started = time.perf_counter()
+@pytest.mark.parametrize(("peers", "layers"), [(16, 64), (64, 512), (64, 4096)])
+def test_many_peers_and_layers_are_planned_like_few(peers: int, layers: int) -> None:
+    """The last two are beyond what is searched: there, shares follow memory."""
+    profiles, model = many(peers), shape(layers)
     split = solve(profiles, model, Wishes(spread_all=True))
-    assert time.perf_counter() - started < limit_s
     demand_good(split, model, profiles)
-    assert len(split.windows) == 64
-    started = time.perf_counter()
-    with pytest.raises(NoPlan, match="not at the layers where"):  # after all orders were tried
-        solve(many(64, layers * 4 / 3 + 20), shape(layers, cut_starts=(0, layers // 2)))
-    assert time.perf_counter() - started < limit_s
+    assert len(split.windows) == peers
+    with pytest.raises(NoPlan, match="not at the layers where"):
+        solve(many(peers, layers * 8 / peers + 80), shape(layers, cut_starts=(0, layers // 2)))
 
 
 def test_planning_for_thousands_of_layers_takes_little_memory() -> None:
@@ -378,3 +373,20 @@ def test_the_context_is_shortened_for_speed_only_down_to_what_is_good() -> None:
     asked = solve(cramped, model, Wishes(context=32768))
     assert asked.context == 32768
     assert len(asked.windows) == 2
+
+
+def test_of_two_machines_that_are_nearly_equal_one_does_it_all() -> None:
+    """Measured anew they differ by a percent or two, in the layers or in the output."""
+    other = Speed("0" * 64, "llama_cpp", "cpu", 4, (2.05e-3,), (0.1,), 512, 0.0, 0.0)
+    near = replace(other, decode_s=(2e-3,), output_s=2.5e-3)
+    profiles = [speedy("a", 1), speedy("b", 1)]
+    links = [(Link("b" * 16, 1e-4, 1e9),), ()]
+    profiles = [
+        replace(p, speeds=(s,), links=link)
+        for p, s, link in zip(profiles, (near, other), links, strict=True)
+    ]
+    split = solve(profiles, shape())
+    assert len(split.windows) == 1
+    far = replace(profiles[0], speeds=(replace(near, output_s=20e-3),))
+    assert len(solve([far, replace(profiles[1], speeds=(replace(other, decode_s=(4e-3,)),))],
+                     shape()).windows) == 2  # fmt: skip
