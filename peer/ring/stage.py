@@ -1,8 +1,8 @@
 """The stage: the process on a peer that runs its windows of one plan. `python -m peer.ring.stage`.
 
-A plain loop: frame in, windows, frame out; no asyncio, no second Python thread. Its agent speaks
-to it over stdin and stdout, one JSON message a line; when stdin ends, the agent is gone and the
-stage ends too. A crash of the engine therefore ends this process and nothing else.
+A plain loop: frame in, windows, frame out; no asyncio, no second thread on that way. Its agent
+speaks to it over stdin and stdout, one JSON message a line; when stdin ends, the agent is gone and
+the stage ends too. A crash of the engine therefore ends this process and nothing else.
 """
 
 from __future__ import annotations
@@ -288,6 +288,7 @@ class Stage:
         if index > self.windows.mine[-1]:  # its last turn in this step
             self.count(header)
         self.send(encode_frame(onward, pack_index(batch), x))
+        self.windows.rest()
 
     def finish(
         self, header: FrameHeader, batch: Batch, logits: NDArray[np.float32], faults: list[Fault]
@@ -302,6 +303,7 @@ class Stage:
             self.head.take(schedule.Returned(header.step, tokens, tuple(faults)))
         else:
             self.send(encode_sampled(Sampled(self.plan.id, header.step, tokens, tuple(faults))))
+        self.windows.rest()
 
     def count(self, header: FrameHeader) -> None:
         """Steps, rows and seconds, for status and for planning."""

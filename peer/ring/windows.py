@@ -15,6 +15,7 @@ from peer.models.manifest import load as load_manifest
 from peer.models.parts import hold, load_header, place
 from peer.planning.plan import Plan
 from peer.ring.frames import Copy, Fault, Open, Trim
+from peer.ring.residence import Files, Residence
 from peer.ring.sampling import Sampler
 
 
@@ -38,6 +39,8 @@ class Windows:
         self.vocabulary = 0  # ids below it exist; known once loaded
         self._windows: dict[int, Window] = {}
         self._samplers: dict[int, Sampler] = {}
+        self._residence: Residence | None = None  # only where the plan streams
+        self._last_run = 0  # the window of this stage whose turn it was last
 
     def load(self, folder: Path) -> Footprint:
         """Place the parts of every window and load them."""
@@ -51,6 +54,7 @@ class Windows:
             for left in folder.glob("window-*"):
                 shutil.rmtree(left, ignore_errors=True)
         weights = kv = compute = 0
+        held: list[Files] = []
         for index in self.mine:
             first, last = self.plan.split.windows[index].first, self.plan.split.windows[index].last
             recipe = self._engine.recipe(header, first, last)
@@ -64,8 +68,18 @@ class Windows:
                 used = self._backend.load(window)
             self._windows[index] = window
             weights, kv = weights + used.weights_bytes, kv + used.kv_bytes
-            compute = max(compute, used.compute_bytes)
+            compute += used.compute_bytes  # each window has a context, with buffers of its own
+            held.append(self._files(index, placed.files[1:]))
+        if any(files.streamed_bytes for files in held):
+            self._residence = Residence(held)
         return Footprint(weights, kv, compute)
+
+    def _files(self, index: int, splits: tuple[Path, ...]) -> Files:
+        """A window's layers on the processor; those on a GPU, its last ones, are read only once."""
+        window = self.plan.split.windows[index]
+        layers = window.last - window.first
+        on_gpu = layers if window.gpu_layers < 0 else min(layers, window.gpu_layers)
+        return Files(splits[: layers - on_gpu], window.streamed_bytes)
 
     def apply(self, ops: tuple[Open | Trim | Copy, ...]) -> None:
         """Do what the frame asks for before its rows are run."""
@@ -82,7 +96,13 @@ class Windows:
 
     def run(self, index: int, batch: Batch, x: NDArray[Any]) -> NDArray[np.float32]:
         """One step through one of the windows; x as in `Backend.run`."""
+        self._last_run = index
         return self._backend.run(self._windows[index], batch, x)
+
+    def rest(self) -> None:
+        """The turn is over and told: time for what a plan that streams does between turns."""
+        if self._residence:
+            self._residence.after(self.mine.index(self._last_run))
 
     def sample(
         self, batch: Batch, logits: NDArray[np.float32], faults: list[Fault]
@@ -104,4 +124,6 @@ class Windows:
 
     def close(self) -> None:
         """Free the engine's memory."""
+        if self._residence:
+            self._residence.close()
         self._backend.close()
