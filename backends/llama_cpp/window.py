@@ -31,6 +31,15 @@ _FAILURES = {
 }
 
 
+def offloaded(gpu_layers: int) -> int:
+    """libllama's n_gpu_layers for so many of a window's last layers on the GPU.
+
+    It counts the output as one more, and first (llama-model.cpp: i_gpu_start = n_layer + 1 -
+    n_gpu_layers): without the one, a window's first GPU layer would stay on the processor.
+    """
+    return gpu_layers + 1 if gpu_layers > 0 else gpu_layers
+
+
 class LoadedWindow:
     """Owns one model and one context; `close` frees both."""
 
@@ -57,7 +66,7 @@ class LoadedWindow:
         params.load_mode = self._llama.LLAMA_LOAD_MODE_MMAP
         params.use_extra_bufts = False  # repacked weights are private memory, mapped ones are not
         offload = self._llama.llama_supports_gpu_offload()
-        params.n_gpu_layers = self._settings.gpu_layers if offload else 0
+        params.n_gpu_layers = offloaded(self._settings.gpu_layers) if offload else 0
         paths = (ctypes.c_char_p * len(window.files))(*map(os.fsencode, window.files))
         self._model = self._llama.llama_model_load_from_splits(paths, len(window.files), params)
         if not self._model:
