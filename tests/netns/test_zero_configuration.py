@@ -2,7 +2,8 @@
 
 The agents are started as a stranger would start them, with a home and no settings, so this is mDNS
 over a real interface, the default address of the API, the real model on llama.cpp, and the `openai`
-client as everybody has it.
+client as everybody has it. A model that fits on one machine is left to it; where all three are to
+compute together, that alone is set.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.llama
 NAMES = ("oak", "elm", "ash")
 QUESTION = "Why do rivers bend? Answer in a few sentences."
 TOKENS = 60
+MEASURED_BYTES = 10 << 20  # of links, by both neighbours, a few times
 CLIENT = f"""
 import openai
 client = openai.OpenAI(base_url="http://127.0.0.1:42552/v1", api_key="none", max_retries=0)
@@ -51,7 +53,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grown]:
     with world(tmp_path_factory.mktemp("world")) as made:
         machines = [made.machine(name) for name in NAMES]
         for machine in machines:
-            machine.start()
+            machine.start(spread="all")
         made.until(
             lambda: all(members(m.status() or {"peers": ()}) == sorted(NAMES) for m in machines),
             30, "all three know each other",
@@ -102,12 +104,12 @@ def test_a_peer_without_the_model_fetches_its_parts_and_nothing_else(
     needed = sum(stored.manifest.part(part).data_bytes for part in wanted)
     assert needed < 0.6 * stored.manifest.total_bytes
     # Not before the parts were there, and not twice: headers, heartbeats and plans are the rest.
-    assert needed < grown.came[name] < 1.15 * needed
+    assert needed < grown.came[name] < 1.15 * needed + MEASURED_BYTES
 
 
 def test_the_peer_with_the_model_fetches_nothing(grown: Grown) -> None:
     least = min(grown.came[name] for name in NAMES[1:])
-    assert grown.came[NAMES[0]] < least / 20  # what it sent was acknowledged
+    assert grown.came[NAMES[0]] < least / 20 + MEASURED_BYTES  # what it sent was acknowledged
 
 
 def test_the_same_question_has_one_answer_on_every_peer(grown: Grown) -> None:
@@ -119,6 +121,31 @@ def test_the_same_question_has_one_answer_on_every_peer(grown: Grown) -> None:
         assert machine.status()["answers"]["served"] == 1
     assert len(set(answers.values())) == 1, answers
     assert answers[NAMES[0]] == asyncio.run(answer_of_one_context(grown))
+
+
+def test_without_any_setting_one_machine_runs_what_fits_and_all_answer(tmp_path: Path) -> None:
+    with world(tmp_path) as made:
+        machines = [made.machine(name) for name in NAMES[:2]]
+        for machine in machines:
+            machine.start()
+        pulled = machines[0].halka("pull", str(smollm2()))
+        assert pulled.returncode == 0, pulled.stderr
+        made.until(
+            lambda: all(
+                (m.status() or {"model": {}})["model"].get("phase") == "serving"
+                and members(m.status()) == sorted(NAMES[:2])
+                for m in machines
+            ),
+            60, "both serve",
+        )  # fmt: skip
+        answers = set()
+        for machine in machines:
+            layers = [p["layers"] for p in machine.status()["peers"]]
+            assert sorted(layers) == [[], [[0, 30]]]
+            done = machine.run(sys.executable, "-c", CLIENT)
+            assert done.returncode == 0, f"{machine.name}: {done.stderr}\n{made.story()}"
+            answers.add(done.stdout)
+        assert len(answers) == 1
 
 
 async def answer_of_one_context(grown: Grown) -> str:
