@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests import fake_models
-from tests.e2e.agents import STAGE, Agent, House, until
+from tests.e2e.agents import STAGE, START_S, Agent, House, until
 from tests.e2e.answers import Answer, chat, told
 
 CONTEXT = 8192
