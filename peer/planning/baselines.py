@@ -87,3 +87,6 @@ def _chosen(tables: Sequence[Table], shares: Floats, resident: bool) -> list[tup
             steps.append((at, begin, end))
         end = begin
     return steps[::-1]
+
+
+RULES = (memory_proportional, compute_proportional, smallest_set)

@@ -19,22 +19,25 @@ search (`subsets`) or, for many peers, one that comes near (`ring_order`, starte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
-from peer.planning import ring_order, subsets
+from peer.planning import baselines, counts, ring_order, subsets
 from peer.planning.costs import Floats, Problem
 from peer.planning.plan import WINDOWS_MAX
 from peer.planning.rings import PLAIN, Lean, Prices, Ring, Wanted
 
-__all__ = ["Ring", "Wanted", "solve"]
+__all__ = ["Ring", "Wanted", "searched", "solve"]
 
 ROUNDS_MAX = 16  # that are tried unasked: hops grow with them, and what they hide does not
 NEAR = 1e-4  # of a token's time: rings closer than that are not told apart
 AS_FAST = 5e-4  # of the best TPOT: closer than that, TTFT decides
 AS_FAST_MISSING = 1e-2  # closer than that, what has to be fetched decides
 AS_BUSY = 1e-3  # of the best bottleneck: closer than that, TPOT decides
+LEANINGS = (8.0, 1.0)  # of what is certain to stay within the slack
+TAILS = 8  # peers that are tried as the last where there are too many for an exact search
 EXACT_WORK = 6e7  # additions of one search that is still exact: 25 ms here
 
 
@@ -45,25 +48,44 @@ def solve(of: Problem, wanted: Wanted | None = None, *, streams: bool = True) ->
     told, within AS_FAST_MISSING the fewest missing bytes, then TTFT. throughput: the least time of
     the busiest stage, then TPOT. streams: whether windows may be read from the disk for each token.
     """
-    return _solved(of, wanted or Wanted(), streams, EXACT_WORK)
+    return searched(of, wanted, streams=streams)[0]
 
 
-def _solved(of: Problem, wanted: Wanted, streams: bool, work_max: float) -> Ring | None:
-    best: tuple[Ring, Prices] | None = None
-    for rounds in _rounds(of, wanted, streams):
+def searched(
+    of: Problem,
+    wanted: Wanted | None = None,
+    *,
+    streams: bool = True,
+    work_max: float = EXACT_WORK,
+) -> tuple[Ring | None, bool]:
+    """(as `solve`, whether every search was exact). work_max: additions of one that may be."""
+    wanted = wanted or Wanted()
+    best: tuple[Ring, _Search] | None = None
+    inexact = False
+    for rounds in _rounds(of, wanted) if of.peers else ():
         if rounds > 1 and best and not wanted.rounds and not _can_stream(of, streams):
             break  # several rounds only hide streaming
-        prices = Prices(of, wanted, rounds, streams)
-        search = _Search(prices, wanted, work_max)
+        search = _Search(Prices(of, wanted, rounds, streams), wanted, work_max)
         found = search.best(best[0] if best else None)
+        inexact = inexact or search.inexact
         if found is not None:
-            best = found, prices
+            best = found, search
     if best is None:
-        return None
-    return _Search(best[1], wanted, work_max).settled(best[0])
+        return None, not inexact
+    ring = best[1].settled(best[0])
+    return (_with_rules(of, wanted, streams, ring), False) if inexact else (ring, True)
 
 
-def _rounds(of: Problem, wanted: Wanted, streams: bool) -> Iterator[int]:
+def _with_rules(of: Problem, wanted: Wanted, streams: bool, ring: Ring) -> Ring:
+    """The ring, or what a simple rule gives, if that is better and is what is wanted."""
+    free = not wanted.everyone and not wanted.pinned and wanted.rounds in (0, 1)
+    if wanted.objective == "throughput" or not free or not streams:
+        return ring
+    others = [rule(of) for rule in baselines.RULES]
+    return min([ring, *(r for r in others if r)], key=lambda each: each.forecast.tpot_s)
+
+
+def _rounds(of: Problem, wanted: Wanted) -> Iterator[int]:
     """To try, in this order."""
     layers = of.shape.layers
     if wanted.pinned:
@@ -84,15 +106,24 @@ class _Search:
     def __init__(self, prices: Prices, wanted: Wanted, work_max: float) -> None:
         self._prices, self._wanted, self._work_max = prices, wanted, work_max
         self._order: tuple[int, ...] = ()  # of the last ring that was found
+        self.inexact = False  # whether there were too many peers
 
     def best(self, known: Ring | None) -> Ring | None:
         """The best ring, None where none is better than the one of other rounds."""
         if self._wanted.objective == "latency":
             return self._fastest(PLAIN, known.forecast.tpot_s if known else math.inf)
-        stage_s = subsets.narrowest(self._prices.stages(), self._prices.must, self._work_max)
+        stage_s = self._busiest()
         if stage_s == math.inf or (known and stage_s > known.forecast.stage_s * (1 - AS_BUSY)):
             return None
         return self._fastest(Lean(stage_s=stage_s * (1 + AS_BUSY)), math.inf)
+
+    def _busiest(self) -> float:
+        """The least that the busiest stage of a ring takes."""
+        stages, must = self._prices.stages(), self._prices.must
+        try:
+            return subsets.narrowest(stages, must, self._work_max)
+        except subsets.TooMany:
+            return ring_order.narrowest(stages, must, self._orders(stages))
 
     def _fastest(self, lean: Lean, upper_s: float) -> Ring | None:
         """The ring with the least TPOT, if that is below upper_s by NEAR.
@@ -123,45 +154,60 @@ class _Search:
         try:
             found = subsets.ring(*squares, prices.must, upper, self._work_max)
         except subsets.TooMany:
-            found = ring_order.near(*squares, prices.must, self._orders(squares[0]), upper)
+            self.inexact = True
+            orders = self._orders(squares[0])
+            found = ring_order.near(*squares, prices.must, orders, lambda: self._counted, upper)
         if found is None:
             return None
         self._order = tuple(peer for peer, _, _ in found[1])
         return found[0], prices.ring(found[1], token_s, lean)
 
     def _orders(self, costs: Floats) -> list[tuple[int, ...]]:
-        """Of all peers, to start from: those that were good so far first."""
+        """Of all peers, to start from: those that were good so far and, the fastest first, one for
+        each of the best last ones, whose window costs more than its layers."""
         edges = costs.shape[1]
         lengths = np.maximum(1, np.arange(edges)[None, :] - np.arange(edges)[:, None])
-        rates = (costs / lengths).min(axis=(1, 2))
-        by_rate = [int(p) for p in np.argsort(rates, kind="stable")]
-        begun = [self._order, self._wanted.order, ()]
-        return [(*order, *(p for p in by_rate if p not in order)) for order in begun]
+        each = costs / lengths
+        by_rate = [int(p) for p in np.argsort(each[:, :, :-1].min(axis=(1, 2)), kind="stable")]
+        by_end = np.argsort(each[:, :, -1].min(axis=1), kind="stable")[:TAILS]
+        begun = [self._order, self._wanted.order, (), *((int(tail),) for tail in by_end)]
+        return [_completed(order, by_rate) for order in begun]
+
+    @cached_property
+    def _counted(self) -> tuple[int, ...]:
+        """The peers that HiGHS would take."""
+        return counts.order(self._prices.of, self._prices.rounds, self._prices.must)
 
     # Among equals
 
     def settled(self, best: Ring) -> Ring:
-        """Of the rings that are as good, the one that is best otherwise."""
+        """Of the rings that are as good, one that is better otherwise.
+
+        Leaning by 1 adds no more to the best ring's costs than the slack, so that what is cheapest
+        then is within it. Leaning more finds more, where that is within it as well.
+        """
         throughput = self._wanted.objective == "throughput"
         stage_s = best.forecast.stage_s * (1 + AS_BUSY) if throughput else math.inf
-        missing = self._missing(best)
+        missing, tpot_s, ttft_s = self._missing(best), best.forecast.tpot_s, best.forecast.ttft_s
         slack = AS_FAST_MISSING if missing else AS_FAST
-        limit_s = best.forecast.tpot_s * (1 + slack)
-        spare_s, leans = slack * best.forecast.tpot_s, []
-        for factor in (1.0, 4.0, 16.0):
-            ttft = factor * spare_s / max(best.forecast.ttft_s, 1e-9)
+        rank, self._order = (missing, ttft_s), best.order
+        for factor in LEANINGS:
+            lean = Lean(factor * slack * tpot_s / max(ttft_s, 1e-9), stage_s=stage_s)
             if missing:
-                leans.append(Lean(1e-3 * ttft, factor * spare_s / missing, stage_s))
-            else:
-                leans.append(Lean(ttft, stage_s=stage_s))
-        chosen, rank = best, (missing, best.forecast.ttft_s)
-        for lean in leans:
-            found = self._ring(limit_s, lean, math.inf)
-            if found is None or found[1].forecast.tpot_s > limit_s:
-                break  # leaning more only takes longer
-            if (new := (self._missing(found[1]), found[1].forecast.ttft_s)) < rank:
-                chosen, rank = found[1], new
-        return chosen
+                lean = Lean(lean.ttft / 1000, factor * slack * tpot_s / missing, stage_s)
+            limit_s = tpot_s * (1 + slack)
+            upper = limit_s + lean.ttft * ttft_s + lean.missing * missing
+            found = self._ring(limit_s, lean, upper)
+            if found and found[1].forecast.tpot_s <= limit_s:
+                other = found[1]
+                return other if (self._missing(other), other.forecast.ttft_s) < rank else best
+        return best
 
     def _missing(self, ring: Ring) -> float:
         return 0.0 if self._wanted.missing is None else self._prices.missing_bytes(ring)
+
+
+def _completed(order: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:
+    """With the others before its last peer."""
+    rest = [peer for peer in others if peer not in order]
+    return (*order[:-1], *rest, *order[-1:])

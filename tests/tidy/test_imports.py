@@ -28,7 +28,7 @@ PURE = {
     "peer.planning.choice", "peer.planning.making", "peer.planning.failures",
     "peer.planning.running", "peer.planning.duty", "peer.planning.costs",
     "peer.planning.tables", "peer.planning.halda", "peer.planning.rings", "peer.planning.subsets",
-    "peer.planning.ring_order", "peer.planning.baselines",
+    "peer.planning.ring_order", "peer.planning.baselines", "peer.planning.counts",
     "peer.planning.trust", "peer.planning.wishes", "peer.planning.reasons",
     "peer.planning.rollout_events", "peer.planning.correction", "peer.planning.abilities", "peer.ring.paces",
     "peer.ring.scheduler", "peer.ring.generation",
@@ -46,10 +46,16 @@ INTRODUCED = {
     "peer.ring.windows": {"peer.models.manifest", "peer.models.parts"},
     # So is the measuring: it reads the shape of the model that it measures with.
     "peer.planning.measure": {
-        "peer.models.manifest", "peer.models.parts", "peer.models.kinds",
+        "peer.models.disk",
+        "peer.models.manifest",
+        "peer.models.parts",
+        "peer.models.kinds",
     },
     "peer.planning.random_layers": {
-        "peer.models.disk", "peer.models.gguf", "peer.models.manifest", "peer.models.parts",
+        "peer.models.disk",
+        "peer.models.gguf",
+        "peer.models.manifest",
+        "peer.models.parts",
     },
     "peer.planning.disk": {"peer.models.disk"},
     # What was measured holds for all models of the same tensors, which only the manifest tells.
@@ -78,7 +84,7 @@ LIBRARIES = {
     "llama_cpp": {"backends/llama_cpp/"},
     "mlx": {"backends/mlx/"},
     "pynvml": {"peer/planning/gpus.py"},
-    "highspy": {"peer/planning/halda.py"},
+    "highspy": {"peer/planning/counts.py"},
 }  # fmt: skip
 
 MODULES = {module(path): path for path in python_files("peer", "backends")}
