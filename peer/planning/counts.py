@@ -6,7 +6,7 @@ sets of the paper become variables: what is streamed is whatever does not fit. I
 average size and hops of half of each peer's shortest ways, so that its answer is where the search
 on the real costs begins (`ring_order`), never the plan.
 
-One thread, a fixed seed and a bound on nodes instead of on seconds: the same each time.
+One thread, a fixed seed and a bound on branches instead of on seconds: the same each time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from peer.planning.costs import Able, Problem
 
 GAP = 2e-3  # of the objective: closer than what averages leave out
-NODES_MAX = 60  # of the search tree; more found nothing better on 100 clusters
+BRANCHES_MAX = 60  # that are looked at: more take time, and the search on the real costs follows
 _MIB, _MS = 1.0 / (1 << 20), 1e3  # units that keep all coefficients near 1
 
 
@@ -185,7 +185,7 @@ def _solved(model: _Model, token: int) -> list[float] | None:
     highs = highspy.Highs()  # type: ignore[no-untyped-call]
     options = {
         "output_flag": False, "threads": 1, "random_seed": 0, "mip_rel_gap": GAP,
-        "mip_max_nodes": NODES_MAX, "mip_detect_symmetry": False,
+        "mip_max_nodes": BRANCHES_MAX, "mip_detect_symmetry": False,
     }  # fmt: skip
     for name, value in options.items():
         highs.setOptionValue(name, value)

@@ -38,7 +38,7 @@ AS_FAST_MISSING = 1e-2  # closer than that, what has to be fetched decides
 AS_BUSY = 1e-3  # of the best bottleneck: closer than that, TPOT decides
 LEANINGS = (8.0, 1.0)  # of what is certain to stay within the slack
 TAILS = 8  # peers that are tried as the last where there are too many for an exact search
-EXACT_WORK = 6e7  # additions of one search that is still exact: 25 ms here
+EXACT_WORK = 2e8  # additions of one search that is still exact: 12 peers of 80 layers, 70 ms
 
 
 def solve(of: Problem, wanted: Wanted | None = None, *, streams: bool = True) -> Ring | None:

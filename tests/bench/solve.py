@@ -91,8 +91,9 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     day = datetime.datetime.now(datetime.UTC).date()
-    print(f"{_processor()}, Python {platform.python_version()}, commit {commit}, {day}")
-    print(f"{'peers':>5} {'layers':>6} {'median':>10} {'worst':>10} {'CPU':>10}  {'goal':>8}  how")
+    out = sys.stdout.write
+    out(f"{_processor()}, Python {platform.python_version()}, commit {commit}, {day}\n")
+    out(f"{'peers':>5} {'layers':>6} {'median':>10} {'worst':>10} {'CPU':>10}  {'goal':>8}  how\n")
     for peers, layers in SIZES:
         took, used, exact, none = [], [], 0, 0
         for seed in range(runs):
@@ -104,12 +105,12 @@ def main() -> None:
             exact += was_exact
             none += found is None
         goal = f"{GOALS[peers, layers] * 1e3:.0f} ms" if (peers, layers) in GOALS else ""
-        print(
+        out(
             f"{peers:5} {layers:6} {statistics.median(took) * 1e3:7.0f} ms"
             f" {max(took) * 1e3:7.0f} ms {statistics.median(used) * 1e3:7.0f} ms  {goal:>8}"
-            f"  exact {exact} of {runs}" + (f", nothing fits {none}" if none else ""),
-            flush=True,
+            f"  exact {exact} of {runs}" + (f", nothing fits {none}" if none else "") + "\n"
         )
+        sys.stdout.flush()
 
 
 def _processor() -> str:

@@ -30,7 +30,8 @@ PURE = {
     "peer.planning.tables", "peer.planning.halda", "peer.planning.rings", "peer.planning.subsets",
     "peer.planning.ring_order", "peer.planning.baselines", "peer.planning.counts",
     "peer.planning.trust", "peer.planning.wishes", "peer.planning.reasons",
-    "peer.planning.rollout_events", "peer.planning.correction", "peer.planning.abilities", "peer.ring.paces",
+    "peer.planning.rollout_events", "peer.planning.correction", "peer.planning.abilities",
+    "peer.ring.paces",
     "peer.ring.scheduler", "peer.ring.generation",
     "peer.planning.trials",
 }  # fmt: skip
