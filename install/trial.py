@@ -36,6 +36,7 @@ SERVE_S = 240.0  # for the ring to serve, parts fetched and windows loaded, on a
 END_S = 15.0  # for an agent to end after SIGTERM
 LOOK_S = 0.25
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "try"
+SPEEDS = CACHE / "speeds.json"
 
 
 class TrialFailed(HalkaError):
@@ -49,6 +50,8 @@ class Peer:
         self.number, self.home = number, folder / f"peer-{number}"
         self.log = folder / f"peer-{number}.log"
         self.home.mkdir()
+        if SPEEDS.exists():  # measured by an earlier trial: the peers' homes are always new
+            shutil.copy(SPEEDS, self.home)
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HALKA_")}
         self.environment = kept | {
             "HALKA_HOME": str(self.home),
@@ -160,6 +163,8 @@ def trial(peers: list[Peer], question: str) -> int:
     say()
     if first.word("plan"):
         raise TrialFailed("there is no plan to show")
+    with contextlib.suppress(OSError):
+        shutil.copy(first.home / SPEEDS.name, SPEEDS)
     say()
     show_disk(peers)
     note(f"asking peer {last.number}, over its own HTTP: {question}")

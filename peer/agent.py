@@ -25,7 +25,7 @@ from peer.models.parts import contradiction
 from peer.models.store import Store
 from peer.planning import duty as d
 from peer.planning import rollout as r
-from peer.planning.making import Question, answer
+from peer.planning.making import Question, answer, measured
 from peer.planning.plan import Plan, PlanId
 from peer.planning.profile import PEERS_MAX, Link, ModelOffer, ModelShape, Profile
 from peer.protocol import (
@@ -76,7 +76,9 @@ class Agent:
         self.entry = Entry(
             identity.public.encode(), identity.secret.encode(), config.timing.step_s + 10
         )
-        self.serving = Serving(self.duty, self.entry, store, self._present_offers, spawn)
+        self.serving = Serving(
+            self.duty, self.entry, store, self._present_offers, self._waiting, spawn
+        )
         self.measuring = Measuring(config, self, profile)
         self._stepped_at, self._steps = -QUIET_S, 0  # of this peer's stages
         self._questions: asyncio.Queue[Question] = asyncio.Queue()
@@ -159,6 +161,15 @@ class Agent:
         mine = self.rollout.wanted
         wanted = {mine.digest: mine} if mine else {}
         return [*(wanted | {d: s for d, s in offered.items() if d in digests}).values()]
+
+    def _waiting(self) -> str:
+        """For whom a first plan waits, in words, or ""."""
+        model = self.rollout.wanted
+        if model is None:
+            return ""
+        here = (self.profiles.get(peer_id) for peer_id in (self.me, *self.cluster.members))
+        late = [p.name for p in here if p and p.engines and not measured(p, model.digest)]
+        return f"{', '.join(dict.fromkeys(late))}: measuring how fast {model.model} runs there" if late else ""
 
     async def header(self, shape: ModelShape) -> Path:
         """The folder of a model of the cluster, once head.gguf is in it."""

@@ -26,7 +26,8 @@ Spawn = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 class Serving:
     """The models, words and answers of `api.service.Service`.
 
-    offers: every model that a present peer holds parts of. spawn: starts a task in the daemon's
+    offers: every model that a present peer holds parts of. waiting: for what a first plan waits, in
+    words, or "". spawn: starts a task in the daemon's
     TaskGroup. errors: why a model's words cannot be read here, by digest.
     """
 
@@ -36,10 +37,11 @@ class Serving:
         entry: Entry,
         store: Store,
         offers: Callable[[], Iterable[ModelOffer]],
+        waiting: Callable[[], str],
         spawn: Spawn,
     ) -> None:
         self._duty, self._entry, self._store = duty, entry, store
-        self._offers, self._spawn = offers, spawn
+        self._offers, self._waiting, self._spawn = offers, waiting, spawn
         self._texts: dict[str, Text] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
         self.errors: dict[str, str] = {}
@@ -74,7 +76,7 @@ class Serving:
             return self._duty.why_none
         if self._duty.parts:
             return "the ring is being made ready; try again in a moment"
-        return "the cluster is still forming; try again in a moment"
+        return self._waiting() or "the cluster is still forming; try again in a moment"
 
     def _plan_of(self, model_id: str) -> Plan:
         state = self._duty.serving()
