@@ -63,7 +63,8 @@ class Residence:
         self._maps: list[_Map] = []
         self._used: list[list[Range]] = []  # of each window: what it gives up after its turn
         self._ahead: list[list[Range]] = []  # and what is read before it
-        self._turns: queue.Queue[int | None] = queue.Queue(1)
+        # A thread that is late catches up; what is a whole token late is left to the kernel.
+        self._turns: queue.Queue[int | None] = queue.Queue(max(1, len(windows)))
         self._thread = threading.Thread(target=self._follow, name="residence", daemon=True)
         try:
             self._choose(windows)
