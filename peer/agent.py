@@ -168,8 +168,8 @@ class Agent:
         if model is None:
             return ""
         here = (self.profiles.get(peer_id) for peer_id in (self.me, *self.cluster.members))
-        late = [p.name for p in here if p and p.engines and not measured(p, model.digest)]
-        return f"{', '.join(dict.fromkeys(late))}: measuring how fast {model.model} runs there" if late else ""
+        late = {p.name: 0 for p in here if p and p.engines and not measured(p, model.digest)}
+        return f"{', '.join(late)}: measuring how fast {model.model} runs there" if late else ""
 
     async def header(self, shape: ModelShape) -> Path:
         """The folder of a model of the cluster, once head.gguf is in it."""
