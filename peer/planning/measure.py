@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -17,6 +20,7 @@ import msgspec
 import backends
 from backends.base import BackendFault, Device, Engine
 from peer.errors import HalkaError
+from peer.models import disk as files
 from peer.models.kinds import layer_families
 from peer.models.manifest import load
 from peer.models.parts import load_header, shape_of
@@ -28,6 +32,7 @@ from peer.planning.stopwatch import Stopwatch, Terms
 ORDER_BYTES_MAX = 1 << 20
 SPEED_S = 30.0  # for one model on one kind of processor
 NICE = 5  # whatever else runs here goes first
+ALONE_S = 60.0  # to wait for other peers of this machine that measure
 
 
 class SpeedOrder(msgspec.Struct, frozen=True):
@@ -118,15 +123,34 @@ def _speeds(
         faults[order.folder] = str(error)
         return ()
     for device in {device.kind: device for device in reversed(devices)}.values():
-        until_s = time.monotonic() + SPEED_S
-        terms = Terms(order.threads, order.cpu_share, order.memory_bytes, until_s)
         try:
-            with RandomLayers(folder, manifest) as layers:
+            with _alone(), RandomLayers(folder, manifest) as layers:
+                until_s = time.monotonic() + SPEED_S
+                terms = Terms(order.threads, order.cpu_share, order.memory_bytes, until_s)
                 watch = Stopwatch(engine, device, header, shape, layers, terms)
                 found.append(watch.speed(engine.name, families))
         except (HalkaError, BackendFault, OSError, FloatingPointError, MemoryError) as error:
             faults[device.kind] = str(error) or type(error).__name__
     return tuple(found)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No two peers on one machine measure at once, or each would measure the other one, too."""
+    path = Path(tempfile.gettempdir()) / f"halka-measuring-{os.getuid()}"
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError:  # somebody else's; what it guards is precision, no more
+        yield
+        return
+    try:
+        until_s = time.monotonic() + ALONE_S
+        while not files.try_lock(descriptor) and time.monotonic() < until_s:
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def main() -> int:

@@ -1,17 +1,20 @@
 """Times windows of random layers on a real engine, as a stage would run them.
 
 Each window is loaded through the engine's own door and given steps of one row, and chunks of many.
-Steps are short and taken singly, and the faster half of them counts: what a busy machine, or a
-control group that throttles, does to the others is not this engine's speed.
+Steps are short and taken singly, and the faster half of those counts that nothing interrupted: what
+a busy machine, or a control group that throttles, does to the others is not this engine's speed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +23,7 @@ from backends.base import Backend, BackendFault, Batch, Device, Engine, Header, 
 from peer.planning import trials
 from peer.planning.profile import ModelShape, Speed
 from peer.planning.random_layers import RandomLayers
-from peer.planning.trials import Trial, by_kind, quick_s
+from peer.planning.trials import Sample, Trial, by_kind, is_free, quick_s
 from peer.protocol import Sampling
 from peer.ring.sampling import Sampler
 
@@ -29,13 +32,16 @@ CHUNK_S = 1.5  # it may take at most; else it has fewer rows
 WANTED_BYTES = 128 << 20  # of active weights: more than a processor's cache
 BUDGET_BYTES = 2 << 30  # of weights at once
 BUDGET_SHARE = 4  # … and a quarter of the free memory
+HEAD_FACTOR = 16.0  # by which the output head may be faster or slower than layers, byte by byte
 _SOME_ROWS = 16  # by which the length of a chunk is chosen
 _STEPS = (6, 60)  # of one row: at least, and at most
 _STEPS_S = 0.2  # for them
 _CHUNKS = (3, 10)
 _CHUNKS_S = 0.8
-_LONGER = 3  # so many times as long, and as many, where something else disturbs them
+_LONGER = 4  # so many times as long where something else holds them up
 _REST_S = 0.003  # between steps: in a ring a stage waits for others, and wakes up again
+_WAITED_SHARE = 0.05  # of a step; less is how long every wake-up takes
+_TASKS = Path("/proc/self/task")
 _PERIOD_S = 0.1  # of a control group's quota
 
 
@@ -119,17 +125,27 @@ class Stopwatch:
             try:
                 with self._loaded(plan.short[kind]) as run:
                     chunk_s = self._chunk_s(run)
-                with self._loaded(plan.long[kind]) as run:
-                    step_s = self._step_s(run)
+                trial, step_s = self._decoded(plan.long[kind], plan.middle[kind])
             except _Over:
                 if not steps:
                     raise
                 break
             # Of a very short window the rest is the layers' own, at least in part.
             chunks.append((plan.short[kind].counts, max(chunk_s - window_s, chunk_s / 2)))
-            steps.append((plan.long[kind].counts, max(step_s - window_s, step_s / 2)))
+            steps.append((trial.counts, max(step_s - window_s, step_s / 2)))
         decode_s, prefill_s = by_kind(steps, weights), by_kind(chunks, weights)
         return decode_s, prefill_s, window_s, self._head_s(decode_s, window_s)
+
+    def _decoded(self, long: Trial, middle: Trial) -> tuple[Trial, float]:
+        """A step of the long window, or on a busy machine of a shorter one that is let alone."""
+        with self._loaded(long) as run:
+            steps = self._steps(run)
+        if not is_free(steps) and middle != long:
+            with self._loaded(middle) as run:
+                fewer = self._steps(run)
+            if is_free(fewer):
+                return middle, quick_s(fewer)
+        return long, quick_s(steps)
 
     def _as_a_whole(self) -> tuple[tuple[float, ...], tuple[float, ...], float, float]:
         """A model that cannot be cut: all of it, told apart by bytes."""
@@ -143,7 +159,7 @@ class Stopwatch:
                 f"({self._budget_bytes}), and fewer cannot be: {why}"
             )
         with self._loaded(whole) as run:
-            chunk_s, step_s = self._chunk_s(run), self._step_s(run)
+            chunk_s, step_s = self._chunk_s(run), quick_s(self._steps(run))
         head_bytes = shape.output_bytes or shape.embed_bytes
         active_bytes = sum(shape.active_bytes)
         head_s = step_s * head_bytes / max(1, active_bytes + head_bytes)
@@ -162,10 +178,12 @@ class Stopwatch:
         if plan.single is None or plan.several is None:
             return 0.0
         with self._loaded(plan.single) as run:
-            single_s = self._step_s(run, _REST_S)
+            single = self._steps(run, _REST_S)
         with self._loaded(plan.several) as run:
-            several_s = self._step_s(run, _REST_S)
-        return trials.around_s(single_s, several_s, plan.times)
+            several = self._steps(run, _REST_S)
+        if not (is_free(single) and is_free(several)):
+            return 0.0  # on a busy machine it drowns; it is small on any
+        return trials.around_s(quick_s(single), quick_s(several), plan.times)
 
     def _head_s(self, decode_s: tuple[float, ...], window_s: float) -> float:
         """The output head for one row: what a window that ends in it takes beyond its layers."""
@@ -178,11 +196,17 @@ class Stopwatch:
             return by_bytes
         try:
             with self._loaded(trial) as run:
-                step_s = self._step_s(run)
+                steps = self._steps(run)
         except _Over:
             return by_bytes
+        if not is_free(steps):
+            return by_bytes
         layers_s = sum(n * s for n, s in zip(trial.counts, decode_s, strict=True))
-        return max(step_s - layers_s - window_s, 0.0)
+        # Bytes are bytes: what is far from how fast the layers read theirs was held up.
+        return min(
+            max(quick_s(steps) - layers_s - window_s, by_bytes / HEAD_FACTOR),
+            by_bytes * HEAD_FACTOR,
+        )
 
     @contextmanager
     def _loaded(self, trial: Trial) -> Iterator[_Run]:
@@ -200,29 +224,27 @@ class Stopwatch:
         finally:
             backend.close()
 
-    def _step_s(self, run: _Run, rest_s: float = 0.0) -> float:
-        """Seconds of a step of one row."""
-        return quick_s(self._sampled(lambda at: run.step(at, 1), _STEPS, _STEPS_S, rest_s))
+    def _steps(self, run: _Run, rest_s: float = 0.0) -> list[Sample]:
+        """Steps of one row."""
+        return self._sampled(lambda at: run.step(at, 1), _STEPS, _STEPS_S, rest_s)
 
     def _chunk_s(self, run: _Run) -> float:
         """Seconds of a prefill chunk. The first one's chooses how many rows it has."""
+
+        def sampled(rows: int, counts: tuple[int, int], limit_s: float) -> float:
+            def empty() -> None:
+                run.backend.trim(0, 0)
+
+            return quick_s(
+                self._sampled(lambda _at: run.step(0, rows), counts, limit_s, 0.0, empty)
+            )
+
         if not self._chunk:
-            run.step(0, _SOME_ROWS)  # maps the weights
-            run.backend.trim(0, 0)
-            some_s = _timed(lambda: run.step(0, _SOME_ROWS))
-            run.backend.trim(0, 0)
+            some_s = sampled(_SOME_ROWS, _STEPS, _STEPS_S / 4)
             # A chunk that fits between two throttlings tells the speed without them.
             longest_s = min(CHUNK_S, self._burst_s * 0.8)
             self._chunk = trials.chunk_rows(_SOME_ROWS, some_s, longest_s, ROWS)
-
-        def chunk(_at: int) -> None:
-            run.step(0, self._chunk)
-
-        def empty() -> None:
-            run.backend.trim(0, 0)
-
-        samples = self._sampled(chunk, _CHUNKS, _CHUNKS_S, 0.0, empty)
-        return quick_s(samples)
+        return sampled(self._chunk, _CHUNKS, _CHUNKS_S)
 
     def _sampled(
         self,
@@ -231,31 +253,35 @@ class Stopwatch:
         limit_s: float,
         rest_s: float,
         after: Callable[[], object] = lambda: None,
-    ) -> list[float]:
-        """Times of steps, the first left out: it maps the weights. Raises _Over."""
+    ) -> list[Sample]:
+        """Steps, the first left out: it maps the weights. Raises _Over."""
         least, most = counts
-        samples: list[float] = []
+        samples: list[Sample] = []
+        free = 0  # of them, not held up
         began_s = time.monotonic()
         for at in range(_LONGER * most + 1):
-            took_s = _timed(partial(step, at))
+            sample = timed(partial(step, at))
             after()
-            samples.append(took_s)
+            if at:
+                samples.append(sample)
+                free += not sample.held
             now_s = time.monotonic()
             if now_s > self._terms.until_s:
                 raise _Over
-            count, after_s = len(samples) - 1, now_s - began_s
-            enough = count >= least and (count >= most or after_s > limit_s)
-            if enough and (after_s > _LONGER * limit_s or not trials.disturbed(samples[1:])):
+            after_s = now_s - began_s
+            if free >= most or (free >= least and after_s > limit_s):
+                break
+            if len(samples) >= least and after_s > _LONGER * limit_s:
                 break
             # A long step wants the whole of a quota that is filled anew every 0.1 s.
-            time.sleep(_PERIOD_S if took_s > self._burst_s / 4 else rest_s)
-        return samples[1:]
+            time.sleep(_PERIOD_S if sample.seconds > self._burst_s / 4 else rest_s)
+        return samples
 
     def _sampler_s(self) -> float:
         """Choosing a token, with the settings that a client gets who asks for none."""
         sampler = Sampler(Sampling(seed=1), ())
         logits = self._random.normal(0, 3, (8, max(2, self._shape.vocabulary))).astype(np.float32)
-        return quick_s([_timed(partial(sampler.sample, row, 1)) for row in logits])
+        return quick_s([timed(partial(sampler.sample, row, 1)) for row in logits])
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +302,25 @@ class _Run:
         self.backend.run(self.window, batch, self.given[at : at + rows])
 
 
-def _timed(step: Callable[[], object]) -> float:
+def timed(step: Callable[[], object]) -> Sample:
+    """Run it once. Held, where one of our threads lost its processor, or had to wait for one."""
+    taken, waited_s = _taken(), _waited_s()
     began_s = time.perf_counter()
     step()
-    return time.perf_counter() - began_s
+    seconds = time.perf_counter() - began_s
+    held = _taken() > taken or _waited_s() - waited_s > seconds * _WAITED_SHARE
+    return Sample(seconds, held)
+
+
+def _taken() -> int:
+    """How often the system took a processor from one of our threads."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _waited_s() -> float:
+    """How long our threads, ready to run, had to wait for a processor (Linux; elsewhere 0)."""
+    waited_ns = 0
+    for task in _TASKS.glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it ended just now
+            waited_ns += int(task.read_text(encoding="ascii").split()[1])
+    return waited_ns * 1e-9

@@ -19,7 +19,6 @@ LENGTH_MAX = 64  # layers of a trial; longer ones tell nothing more
 STARTS_MAX = 160  # places at which trials are looked for
 PAIRS_MAX = 16  # short windows for which one of twice the layers is looked for
 CONDITION_MAX = 30.0  # of the equations: beyond it they would tell noise
-DISTURBED = 1.2  # steps of an idle machine differ by a few percent
 _LEAST_ROWS = 16  # of a prefill chunk
 
 
@@ -45,12 +44,14 @@ class Trial:
 class Trials:
     """What to run. kinds: in the order in which they matter.
 
-    short: for prefill chunks, long: for decode steps, by kind. single and several: windows of the
-    same mixture, several having `times` as many layers; None where there are no such two.
+    short: for prefill chunks, long: for decode steps, middle: for them where steps of a long one
+    are never let alone, by kind. single and several: windows of the same mixture, several having
+    `times` as many layers; None where there are no such two.
     """
 
     kinds: tuple[int, ...]
     short: dict[int, Trial]
+    middle: dict[int, Trial]
     long: dict[int, Trial]
     single: Trial | None
     several: Trial | None
@@ -69,6 +70,7 @@ def choose(
     order = tuple(sorted(set(kinds), key=lambda kind: (-kinds.count(kind), kind)))
     windows = _allowed(shape)
     short: dict[int, Trial] = {}
+    middle: dict[int, Trial] = {}
     long: dict[int, Trial] = {}
     for kind in order:
         made = [
@@ -80,12 +82,14 @@ def choose(
         if made:
             short[kind] = min(made, key=lambda trial: _size(trial, kind))
             long[kind] = min(made, key=_reach(shape, kind, wanted_bytes))
+            active = shape.active_bytes[kinds.index(kind)] * long[kind].counts[kind]
+            middle[kind] = min(made, key=_reach(shape, kind, active // 4))
             if kind == order[0]:
                 candidates = made
     if order[0] not in short:
-        return Trials(order, short, long, None, None, 0)
+        return Trials(order, short, middle, long, None, None, 0)
     single, several, times = _pair(candidates, order[0])
-    return Trials(order, short, long, single, several, times)
+    return Trials(order, short, middle, long, single, several, times)
 
 
 def tail(shape: ModelShape, budget_bytes: int) -> Trial | None:
@@ -175,16 +179,31 @@ def _pair(made: Sequence[Trial], kind: int) -> tuple[Trial | None, Trial | None,
 # What the times say ------------------------------------------------------------------------------
 
 
-def quick_s(samples: Sequence[float]) -> float:
-    """The time of a step that nothing held up: the median of the faster half."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One step. held: something else took a processor away from it meanwhile."""
+
+    seconds: float
+    held: bool = False
+
+
+def quick_s(samples: Sequence[Sample]) -> float:
+    """The time of a step that nothing held up.
+
+    The median of the faster half of those from which nothing was taken; where there are none, the
+    fastest.
+    """
     if not samples:
         raise ValueError("no step was timed")
-    return median(sorted(samples)[: (len(samples) + 1) // 2])
+    free = sorted(sample.seconds for sample in samples if not sample.held)
+    if not free:
+        return min(sample.seconds for sample in samples)
+    return median(free[: (len(free) + 1) // 2])
 
 
-def disturbed(samples: Sequence[float]) -> bool:
-    """Whether so many steps were held up that the others may have been, too."""
-    return median(samples) > DISTURBED * quick_s(samples)
+def is_free(samples: Sequence[Sample]) -> bool:
+    """Whether there is any that nothing held up."""
+    return any(not sample.held for sample in samples)
 
 
 def around_s(single_s: float, several_s: float, times: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from backends.base import Batch, Settings
 from peer.config import Config
 from peer.errors import BackendError
 from peer.planning import survey
+from peer.planning.stopwatch import timed
 from peer.planning.trials import quick_s
 from tests.smollm2 import smollm2
 from tests.windows import Stored
@@ -40,9 +41,8 @@ def whole_s(stored: Stored) -> float:
             batch = Batch(
                 np.zeros(1, np.int32), np.array([position], np.int32), np.ones(1, np.bool_)
             )
-            began_s = time.perf_counter()
-            backend.run(window, batch, np.array([position + 100], np.int32))
-            samples.append(time.perf_counter() - began_s)
+            ids = np.array([position + 100], np.int32)
+            samples.append(timed(partial(backend.run, window, batch, ids)))
     finally:
         backend.close()
     return quick_s(samples)

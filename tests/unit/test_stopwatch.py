@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from backends.base import BackendFault, Device, Settings
+from backends.base import BackendFault, Batch, Device, Settings, Window
 from backends.fake import ENGINE, FakeBackend
 from peer.models.imports import import_gguf
 from peer.models.kinds import layer_families
@@ -20,6 +22,7 @@ from peer.planning import stopwatch
 from peer.planning.profile import ModelShape, Speed
 from peer.planning.random_layers import RandomLayers
 from peer.planning.stopwatch import Stopwatch, Terms
+from peer.planning.trials import Sample
 from tests import fake_models
 
 CPU = Device("CPU", "cpu", 1 << 30, 1 << 30)
@@ -100,6 +103,31 @@ def test_layers_go_to_the_processor_that_is_asked_for(
     asked.clear()
     assert measured(folder, terms(), Device("G", "cuda", 1 << 30, 1 << 30)).kind == "cuda"
     assert {s.gpu_layers for s in asked} == {-1}
+
+
+def test_on_a_busy_machine_a_shorter_window_tells_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path, layers=20)
+    ran: list[int] = []
+    run = FakeBackend.run
+
+    def noted(self: FakeBackend, window: Window, batch: Batch, x: Any) -> Any:
+        if len(batch.slots) == 1:
+            ran.append(window.last - window.first)
+        return run(self, window, batch, x)
+
+    def busy(step: Callable[[], object]) -> Sample:
+        step()
+        layers = ran[-1]
+        return Sample(layers * 0.01 if layers < 8 else layers * 5.0, held=layers >= 8)
+
+    monkeypatch.setattr(FakeBackend, "run", noted)
+    monkeypatch.setattr(stopwatch, "timed", busy)
+    speed = measured(folder, terms())
+    assert max(ran) >= 8, "the long one was tried"
+    assert speed.decode_s == (pytest.approx(0.01),)
+    assert speed.window_s == pytest.approx(0)
 
 
 def test_under_a_quota_each_long_step_begins_with_a_full_one(

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from peer.planning import trials
-from peer.planning.trials import around_s, by_kind, choose, chunk_rows, disturbed, quick_s, tail
+from peer.planning.trials import (
+    Sample,
+    around_s,
+    by_kind,
+    choose,
+    chunk_rows,
+    is_free,
+    quick_s,
+    tail,
+)
 from tests.plans import shape
 
 MIB = 1 << 20
@@ -21,6 +30,7 @@ def test_layers_that_are_all_alike_are_tried_once_short_and_once_long() -> None:
     assert plan.kinds == (0,)
     assert plan.short[0].layers == 1
     assert plan.long[0].layers == 10, "as many as are wanted, no more"
+    assert plan.middle[0].layers == 3
     assert plan.long[0].first > 0, "without the token embedding"
     assert plan.single
     assert plan.several
@@ -86,12 +96,15 @@ def test_cuts_are_respected_and_a_whole_model_has_no_trials() -> None:
 
 
 def test_the_quick_time_forgets_what_was_held_up() -> None:
-    assert quick_s([3.0, 50.0, 2.0, 100.0, 90.0, 2.5]) == 2.5
-    assert quick_s([7.0]) == 7.0
+    assert quick_s([Sample(s) for s in (3.0, 50.0, 2.0, 100.0, 90.0, 2.5)]) == 2.5
+    assert quick_s([Sample(7.0)]) == 7.0
+    held = [Sample(s, held=True) for s in (30.0, 20.0, 1.0)]
+    assert quick_s([*held, Sample(9.0)]) == 9.0, "one that was not held up tells more"
+    assert quick_s(held[:2]) == 20.0
+    assert not is_free(held)
+    assert is_free([*held, Sample(9.0)])
     with pytest.raises(ValueError, match="no step"):
         quick_s([])
-    assert not disturbed([1.0, 1.01, 1.02, 9.0])
-    assert disturbed([1.0, 1.0, 2.0, 2.0, 2.0])
 
 
 def test_what_surrounds_the_layers_is_what_does_not_grow_with_them() -> None:
