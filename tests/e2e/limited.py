@@ -1,7 +1,8 @@
 """Stages that may use so much memory and no more, and a model that is larger: control groups.
 
 `python -m tests.e2e.limited GROUP,GROUP… [WORD…]` joins the groups and becomes a stage. Words
-change it, for comparison: each of WITHOUT leaves out a half of what `peer.ring.residence` does.
+change it, for comparison: each of WITHOUT leaves out a half of what `peer.ring.residence` does, and
+`slow=S:I` lets the stage of place I in the ring rest for S seconds in each layer.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import Batch
 from peer import children
 from peer.models.imports import import_gguf
 from peer.models.manifest import Manifest
@@ -148,8 +155,9 @@ def stages_in(groups: Mapping[int, str], *words: str) -> Iterator[None]:
     places = itertools.count()
 
     def command(module: str) -> tuple[str, ...]:
-        own = groups[next(places) % len(groups)]
-        return sys.executable, "-P", "-m", "tests.e2e.limited", own, *words
+        place = next(places) % len(groups)
+        own = [word for word in words if ":" not in word or word.endswith(f":{place}")]
+        return sys.executable, "-P", "-m", "tests.e2e.limited", groups[place], *own
 
     with mock.patch.object(children, "command", command):
         yield
@@ -170,7 +178,24 @@ def main() -> int:
         return 0 if advice in asleep else int(advise(address, size, advice))
 
     residence.__dict__["_madvise"] = some
+    for word in words:
+        if found := re.fullmatch(r"slow=([0-9.]+):\d+", word):
+            _slow(float(found[1]))
     return stage.main()
+
+
+def _slow(layer_s: float) -> None:
+    """Let this stage compute as if on a slower processor, which it does not keep busy."""
+    from peer.ring.windows import Windows
+
+    run, never = Windows.run, threading.Event()
+
+    def slowly(self: Windows, index: int, batch: Batch, x: NDArray[Any]) -> NDArray[np.float32]:
+        window = self.plan.split.windows[index]
+        never.wait(layer_s * (window.last - window.first))
+        return run(self, index, batch, x)
+
+    setattr(Windows, "run", slowly)  # noqa: B010
 
 
 if __name__ == "__main__":

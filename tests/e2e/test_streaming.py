@@ -115,7 +115,7 @@ async def test_a_ring_that_streams_gives_the_same_tokens_and_reads_no_more_than_
             assert each > 0.7 * wanted, "it did not stream"
             # Left to itself, the kernel has all 103 MB read again.
             assert each < 1.2 * wanted, "it read what should have stayed in memory"
-            assert limited.most_bytes(group) <= 112 * MIB
+            assert limited.most_bytes(group) <= 113 * MIB, "the kernel itself may add pages"
 
 
 # Plans by the planner ---------------------------------------------------------------------------

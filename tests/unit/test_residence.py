@@ -108,6 +108,13 @@ def parts(tmp_path: Path) -> Iterator[list[Part]]:
         part.close()
 
 
+def gone(held: Residence, place: int, part: Part, first: int = 0) -> bool:
+    """Whether a part's pages left memory after this turn. A page that another processor has only
+    just read can be dropped a little later only: the turn comes again, as it does in a ring."""
+    held.after(place)
+    return not any(part.resident()[first:])
+
+
 def two_windows(parts: list[Part], excess: int) -> Residence:
     """Windows of two layers each, of which so many bytes do not fit together."""
     paths = [part.path for part in parts]
@@ -122,14 +129,12 @@ async def test_after_a_turn_its_last_layers_leave_memory_and_the_next_ones_come(
     parts[3].forget()
     held = two_windows(parts, LAYER_BYTES)
     try:
-        held.after(0)
-        await until(lambda: not any(parts[1].resident()), 10, "the used layer has left")
+        await until(lambda: gone(held, 0, parts[1]), 10, "the used layer has left")
         await until(lambda: all(parts[3].resident()), 10, "the next layer is there")
         assert all(parts[0].resident()), "what stays was dropped"
         assert all(parts[2].resident())
         parts[3].touch()  # its turn
-        held.after(1)
-        await until(lambda: not any(parts[3].resident()), 10, "the second used layer has left")
+        await until(lambda: gone(held, 1, parts[3]), 10, "the second used layer has left")
         await until(lambda: all(parts[1].resident()), 10, "the first window's is read again")
     finally:
         held.close()
@@ -140,8 +145,7 @@ async def test_half_a_layer_can_be_given_up(parts: list[Part], until: Until) -> 
     held = two_windows(parts, LAYER_BYTES // 2)
     middle = LAYER_BYTES // 2 // mmap.PAGESIZE
     try:
-        held.after(0)
-        await until(lambda: not any(parts[1].resident()[middle:]), 10, "its second half has left")
+        await until(lambda: gone(held, 0, parts[1], middle), 10, "its second half has left")
         assert all(parts[1].resident()[:middle]), "its first half was dropped, too"
     finally:
         held.close()
@@ -153,8 +157,7 @@ async def test_one_window_gives_up_its_last_layer_and_reads_nothing(
 ) -> None:
     held = Residence([Files(tuple(part.path for part in parts), LAYER_BYTES)])
     try:
-        held.after(0)
-        await until(lambda: not any(parts[3].resident()), 10, "the used layer has left")
+        await until(lambda: gone(held, 0, parts[3]), 10, "the used layer has left")
         assert all(all(part.resident()) for part in parts[:3])
     finally:
         held.close()
