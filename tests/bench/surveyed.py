@@ -21,12 +21,14 @@ from peer import children
 from peer.cluster.identity import Identity
 from peer.planning.profile import Link, ModelShape, Profile
 from tests.bench.inside import Said
+from tests.bench.pace import Pace, is_even
 from tests.bench.uneven import House, Peer
 from tests.plans import PEERS
 
 LINKS_S = 40.0  # for the peers to meet and to measure all links
-SETTLE_S = 7.0  # after every link was told once: later figures are better
+SETTLE_S = 4.0  # after every link was told once: later figures are better
 MEASURE_S = 200.0
+PATIENCE_S = 60.0  # for a while in which the machine keeps its pace
 
 
 def peer_ids(house: House) -> dict[str, str]:
@@ -34,10 +36,11 @@ def peer_ids(house: House) -> dict[str, str]:
     return {peer.name: PEERS[i] for i, peer in enumerate(house.peers)}
 
 
-def surveyed(house: House, folder: Path) -> tuple[list[Profile], ModelShape]:
-    """Every peer's profile, and the model's shape. folder: of a store, complete."""
+def surveyed(house: House, folder: Path, pace: Pace) -> tuple[list[Profile], ModelShape]:
+    """Every peer's profile, and the model's shape. folder: of a store, complete. pace: its
+    reference becomes the pace at which they all measured themselves."""
     ids = peer_ids(house)
-    said = {peer.name: _said(house, peer, folder) for peer in house.peers}
+    said = _at_one_pace(house, folder, pace)
     links = _links(house) if len(house.peers) > 1 else {}
     profiles = [
         msgspec.structs.replace(
@@ -51,6 +54,23 @@ def surveyed(house: House, folder: Path) -> tuple[list[Profile], ModelShape]:
         for peer in house.peers
     ]
     return profiles, said[house.peers[0].name].shape
+
+
+def _at_one_pace(house: House, folder: Path, pace: Pace) -> dict[str, Said]:
+    """What the peers say, one after another; all again when the machine's pace changes, up to
+    PATIENCE_S."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        pace.refer()
+        said: dict[str, Said] = {}
+        even = True
+        for peer in house.peers:
+            said[peer.name] = _said(house, peer, folder)
+            even = is_even(pace.ratio())
+            if not even and time.monotonic() < deadline:
+                break
+        if len(said) == len(house.peers) and (even or time.monotonic() > deadline):
+            return said
 
 
 def _environment(house: House, peer: Peer) -> dict[str, str]:

@@ -3,8 +3,9 @@
 python -m tests.bench.true_here [--clusters 1,3] [--trials] [--json FILE] [--answers N]
 [--patience S]: as root, on Linux. For each cluster (`clusters.py`): the peers measure themselves,
 `split.solve` plans, the plan's stages are started in the peers' namespaces, and SmolLM2 answers.
-With --trials every other split on a coarse grid is run, too. Other programs on this machine make
-answers slower: the faster half of them counts, and how busy others were is shown.
+With --trials every other split on a coarse grid is run, too. The machine may not be ours alone:
+what is timed counts only at the pace at which the peers measured themselves (`pace.py`), the faster
+half of the answers counts, and the pace and how busy others were are shown.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from peer.planning import split as planner
 from peer.planning.plan import Forecast, Plan, PlanId, Split
 from peer.planning.profile import ModelShape, Profile
 from tests.bench.clusters import CLUSTERS, Cluster
+from tests.bench.pace import CELLS, Pace
 from tests.bench.surveyed import peer_ids, surveyed
 from tests.bench.trying import Tried, others_than, try_out
 from tests.bench.uneven import House, Used, house, used
@@ -39,7 +41,7 @@ from tests.plain_llama import PlainLlama
 from tests.smollm2 import smollm2
 
 CONTEXT = 2048
-PROMPT_TOKENS, TOKENS = 64, 64
+PROMPT_TOKENS, TOKENS = 64, 128  # many periods of a quota, whose first one the prompt used up
 LONG_TOKENS = costs.PROMPT_TOKENS
 LONG_ANSWERS = 3  # to the long prompt, for the TTFT
 TRUE = 0.20  # predicted and measured TPOT may be apart
@@ -88,6 +90,7 @@ async def measured(
     made: House,
     folder: Path,
     known: tuple[list[Profile], ModelShape],
+    pace: Pace,
     given: argparse.Namespace,
 ) -> tuple[Split, Forecast, Measured, float, Tried | None]:
     """Plan, run, ask; with trials, also all others."""
@@ -96,7 +99,7 @@ async def measured(
     forecast = costs.forecast(profiles, shape, split)
     assert forecast is not None, "the planner's own split has no forecast"
     names = {peer_id: name for name, peer_id in peer_ids(made).items()}
-    async with rings(made, folder, given.patience) as running:
+    async with rings(made, folder, pace, given.patience) as running:
         plan = Plan(PlanId(1, 1), split.windows[0].peer_id, shape, split)
         ring = await running.start(plan, names)
         await running.ask(ring, given.prompt[:PROMPT_TOKENS], TOKENS)  # maps the weights
@@ -131,11 +134,12 @@ def run(number: int, cluster: Cluster, given: argparse.Namespace) -> Result:
         folder = store.folder(manifest.digest)
         with house(Path(top) / "world", cluster.peers) as made:
             before: Used = used(())
-            known = surveyed(made, folder)
+            pace = Pace(given.whole, given.prompt, {peer.core for peer in cluster.peers})
+            known = surveyed(made, folder, pace)
             busy = used(()).since(before)
             with made.asking():
                 split, forecast, tpot, ttft_s, tried = asyncio.run(
-                    measured(cluster, made, folder, known, given)
+                    measured(cluster, made, folder, known, pace, given)
                 )
     if given.profiles:
         given.profiles.mkdir(parents=True, exist_ok=True)
@@ -152,7 +156,7 @@ def line(result: Result) -> str:
     text = (
         f"{result.number:>2} {result.what:<36} {result.plan:<28} "
         f"{result.predicted_s * 1e3:7.2f} {m.tpot_s * 1e3:7.2f} {result.ratio:5.2f} "
-        f"{'yes' if result.true else 'NO ':<4} {m.spread:6.2f} {m.others:6.2f} "
+        f"{'yes' if result.true else 'NO ':<4} {m.spread:6.2f} {m.others:6.2f} {m.pace:5.2f} "
         f"{result.predicted_ttft_s:7.2f} {result.ttft_s:6.2f}"
     )
     if result.tried:
@@ -166,7 +170,7 @@ def line(result: Result) -> str:
 
 HEAD = (
     f"{'#':>2} {'cluster':<36} {'plan (layers)':<28} {'said ms':>7} {'was ms':>7} {'ratio':>5} "
-    f"{'true':<4} {'spread':>6} {'others':>6} {'TTFT s':>7} {'was s':>6}"
+    f"{'true':<4} {'spread':>6} {'others':>6} {'pace':>5} {'TTFT s':>7} {'was s':>6}"
 )
 
 
@@ -175,26 +179,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clusters", default="", help="numbers, as in 1,3; without: all")
     parser.add_argument("--trials", action="store_true")
-    parser.add_argument("--answers", type=int, default=7)
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet "
-                        "machine, before each answer")  # fmt: skip
+    parser.add_argument("--answers", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds of waiting for the "
+                        "machine's pace, for each cluster")  # fmt: skip
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profiles", type=Path, help="a folder for the profiles of each cluster")
     given = parser.parse_args()
-    os.nice(-10)  # who reads the clock goes before other programs
     chosen = [int(n) for n in given.clusters.split(",") if n] or range(1, len(CLUSTERS) + 1)
-    with PlainLlama(smollm2(), cells=512, batch=64) as whole:
-        given.prompt = whole.tokenise(TEXT)
-    machine = f"{date.today()} {platform.machine()} {os.cpu_count()} cores"  # noqa: DTZ011
-    what = f"smollm2, prompt {PROMPT_TOKENS}, {TOKENS} new, {given.answers} answers"
-    print(f"{machine}, {what}\n{HEAD}", flush=True)  # noqa: T201
-    results = []
-    for number in chosen:
-        results.append(run(number, CLUSTERS[number - 1], given))
-        print(line(results[-1]), flush=True)  # noqa: T201
-        if given.json:
-            rows = [asdict(r) | {"ratio": r.ratio, "true": r.true} for r in results]
-            given.json.write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
+    with PlainLlama(smollm2(), cells=CELLS, batch=64) as given.whole:
+        given.prompt = given.whole.tokenise(TEXT)
+        machine = f"{date.today()} {platform.machine()} {os.cpu_count()} cores"  # noqa: DTZ011
+        what = f"smollm2, prompt {PROMPT_TOKENS}, {TOKENS} new, {given.answers} answers"
+        print(f"{machine}, {what}\n{HEAD}", flush=True)  # noqa: T201
+        results = []
+        for number in chosen:
+            results.append(run(number, CLUSTERS[number - 1], given))
+            print(line(results[-1]), flush=True)  # noqa: T201
+            if given.json:
+                rows = [asdict(r) | {"ratio": r.ratio, "true": r.true} for r in results]
+                given.json.write_bytes(msgspec.json.format(msgspec.json.encode(rows)))
     print(f"true for {sum(r.true for r in results)} of {len(results)}")  # noqa: T201
     return 0
 

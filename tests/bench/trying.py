@@ -17,7 +17,7 @@ STEP = 5  # layers
 AT_ONCE = 8  # rings that are loaded together, the planned one among them
 FIRST_ANSWERS, LAST_ANSWERS = 3, 9
 FINALISTS = 4
-TOKENS = 64
+TOKENS = 96
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tests.netns.world import CLONE_NEWNET, NAMESPACES, Machine, World, world
 
 PERIOD_S = 0.1  # the quota's, as of docker and systemd
 GROUPS = Path("/sys/fs/cgroup")
+PROCESSES = "cgroup.procs"
 HERTZ = os.sysconf("SC_CLK_TCK")
 MTU_BYTES = 1514
 BURST_S = 100e-6  # of a link's rate: what may pass at once, or a timer fires for every packet
@@ -89,6 +90,12 @@ class _Group:
             (self.folder / "cpu.cfs_period_us").write_text(str(period_us))
             (self.folder / "cpu.cfs_quota_us").write_text(str(-1 if quota_us is None else quota_us))
 
+    def join(self) -> Path:
+        """This process moves into the group. Returns where it was."""
+        before = own_group(self._second)
+        (self.folder / PROCESSES).write_text(str(os.getpid()))
+        return before
+
     def throttled(self) -> Throttled:
         """Since it was made."""
         lines = (self.folder / "cpu.stat").read_text(encoding="utf-8").splitlines()
@@ -109,6 +116,17 @@ class _Group:
             time.sleep(0.02)
 
 
+def own_group(second: bool) -> Path:
+    """The folder of this process's group of processor time. second: of version 2."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if second and controllers == "":
+            return GROUPS / path.strip("/")
+        if not second and "cpu" in controllers.split(","):
+            return GROUPS / "cpu" / path.strip("/")
+    raise OSError("this process is in no control group of processor time")
+
+
 class House:
     """Uneven peers by name, on the bridge of a world."""
 
@@ -118,6 +136,7 @@ class House:
         self.asker = made.machine("asker")
         self._machines: dict[str, Machine] = {}
         self._groups: dict[str, _Group] = {}
+        self._before: Path | None = None  # the group that this process was in
 
     def build(self) -> None:
         """Make cables and groups, and remove the groups that a killed process left."""
@@ -134,6 +153,10 @@ class House:
                                        (self.world.bridge, machine.port)):  # fmt: skip
                     shape(inside, device, peer.link_mbit * 125_000)
             self._groups[peer.name] = _Group(f"{self.tag}-{peer.name}", peer.quota)
+
+        # Who asks, and reads the clock, is held up as little as the peers are.
+        asker = self._groups["asker"] = _Group(f"{self.tag}-asker", None)
+        self._before = asker.join()
 
     def address(self, name: str) -> str:
         """Where the others reach this peer."""
@@ -181,6 +204,8 @@ class House:
 
     def end(self) -> None:
         """Remove the groups. What ran inside has ended by now."""
+        if self._before is not None:
+            (self._before / PROCESSES).write_text(str(os.getpid()))
         for group in self._groups.values():
             group.end()
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,6 @@ import zmq
 
 from peer import children
 from peer.planning.plan import Plan, PlanId, PlanState
-from peer.planning.trials import quick_s
 from peer.protocol import (
     Message,
     Sampling,
@@ -26,26 +25,27 @@ from peer.protocol import (
     StageStop,
 )
 from peer.ring.entry import Entry
+from tests.bench.pace import Pace, is_even, quick
 from tests.bench.uneven import House, used
 
 STARTED_S = 60.0  # for a stage to load and to be linked
 STOPPED_S = 5.0
 STEP_S = 30.0  # for a step to come around
-QUIET_CORES = 0.15  # more than this for others, and an answer's time says little
-LOOK_S = 0.3  # at what others do
-TRIES = 3  # of one answer, for a time in which nobody else computed
+LOOK_S = 0.5  # between looks at the pace
 LINE_BYTES_MAX = 1 << 20
 GREEDY = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: its tokens and its times. others: cores that were busy for somebody else."""
+    """One answer: its tokens and its times. others: cores that were busy for somebody else; pace:
+    of the machine, to the reference's (more is slower)."""
 
     ids: tuple[int, ...]
     ttft_s: float
     tpot_s: float
     others: float
+    pace: float = 1.0
 
 
 class _Stage:
@@ -121,8 +121,9 @@ class Rings:
     Use it inside of `House.asking`: its sockets are made where the calling thread is.
     """
 
-    def __init__(self, house: House, folder: Path, patience_s: float) -> None:
-        self._house, self._folder, self._patience_s = house, folder, patience_s
+    def __init__(self, house: House, folder: Path, pace: Pace | None, patience_s: float) -> None:
+        self._house, self._folder = house, folder
+        self._pace, self._patience_s = pace, patience_s
         public, secret = zmq.curve_keypair()
         self._key = public.decode()
         self._entry = Entry(public, secret, silence_s=STEP_S)
@@ -169,27 +170,23 @@ class Rings:
         return f"tcp://{self._house.address(ring.names[peer])}:{port}"
 
     async def ask(self, ring: Ring, prompt: Sequence[int], tokens: int) -> Answer:
-        """One greedy answer. Tried again, TRIES times, while somebody else computes: the least
-        disturbed one counts."""
-        best: Answer | None = None
-        await self._quiet()
-        for _ in range(TRIES):
+        """One greedy answer at the reference's pace, before and after: waited for and tried again
+        while there is patience, then as it comes."""
+        while True:
+            await self._even()
             answer = await self.once(ring, prompt, tokens)
-            if best is None or answer.others < best.others:
-                best = answer
-            if best.others < QUIET_CORES:
-                break
-        assert best is not None
-        return best
+            if self._pace is None:
+                return answer
+            answer = replace(answer, pace=self._pace.ratio())
+            if is_even(answer.pace) or self._patience_s <= 0:
+                return answer
+            self._patience_s -= answer.ttft_s + answer.tpot_s * tokens
 
-    async def _quiet(self) -> None:
-        """Wait until nobody else computes, for as long as there is patience."""
-        deadline = time.monotonic() + self._patience_s
-        while time.monotonic() < deadline:
-            before = used(self._pids())
+    async def _even(self) -> None:
+        """Wait until the machine has the reference's pace."""
+        while self._pace and self._patience_s > 0 and not is_even(self._pace.ratio()):
             await asyncio.sleep(LOOK_S)
-            if used(self._pids()).since(before) < QUIET_CORES:
-                return
+            self._patience_s -= LOOK_S
 
     def _pids(self) -> list[int]:
         return [pid for ring in self._rings for pid in ring.pids]
@@ -227,10 +224,12 @@ class Rings:
 
 
 @asynccontextmanager
-async def rings(house: House, folder: Path, patience_s: float = 0.0) -> AsyncIterator[Rings]:
+async def rings(
+    house: House, folder: Path, pace: Pace | None = None, patience_s: float = 0.0
+) -> AsyncIterator[Rings]:
     """Rings on a house, gone afterwards. folder: the model's, in a store. patience_s: how long to
-    wait for others to be quiet, before each answer."""
-    made = Rings(house, folder, patience_s)
+    wait for the reference's pace, all answers together."""
+    made = Rings(house, folder, pace, patience_s)
     try:
         yield made
     finally:
@@ -240,12 +239,13 @@ async def rings(house: House, folder: Path, patience_s: float = 0.0) -> AsyncIte
 @dataclass(frozen=True)
 class Measured:
     """Answers together. tpot_s: the median of the faster half: what else runs on this machine only
-    makes them slower. spread: (largest - smallest) / median. others: the median."""
+    makes them slower. spread: (largest - smallest) / median. others, pace: medians."""
 
     tpot_s: float
     median_s: float
     spread: float
     others: float
+    pace: float
     answers: int
 
 
@@ -254,4 +254,6 @@ def summed(answers: Sequence[Answer]) -> Measured:
     times = [answer.tpot_s for answer in answers]
     median = statistics.median(times)
     others = statistics.median(answer.others for answer in answers)
-    return Measured(quick_s(times), median, (max(times) - min(times)) / median, others, len(times))
+    pace = statistics.median(answer.pace for answer in answers)
+    spread = (max(times) - min(times)) / median
+    return Measured(quick(times), median, spread, others, pace, len(times))
