@@ -163,14 +163,16 @@ class Tables:
         both = self._weights + self._kv
         if not able.unified:
             room = able.ram_bytes - scratch
-            other = np.searchsorted(both, both[a] + room, side="right") - 1
+            other = np.searchsorted(both, both[a] + room, side="right")
         elif self.rounds > 1:  # all of what is streamed needs a buffer besides: see `costs`
             need = both[b] - both[a] + scratch + self.of.tail_bytes * (b == n)
             kept = np.maximum(0, need - able.ram_bytes) * self.rounds // (self.rounds - 1)
             other = np.searchsorted(self._weights, self._weights[a] + kept)
         else:
             return np.stack([self._none, most])
-        return np.stack([self._none, most, np.minimum(np.maximum(other, most), self._none)])
+        # A layer more or less: what is left of one may be read, or not hidden, for less.
+        around = [np.minimum(np.maximum(each, most), self._none) for each in (other, other - 1)]
+        return np.stack([self._none, most, *around])
 
     @property
     def _none(self) -> Ints:

@@ -260,17 +260,17 @@ def test_in_wide_rounds_few_numbers_of_gpu_layers_are_as_good_as_all(
     seed: int, rounds: int
 ) -> None:
     width = ALL_CHOICES_WIDTH + 4
-    kind = ("cuda", "metal")[seed % 2]
+    kind, disk = ("cuda", "metal")[seed % 2], (1e6, 1e5)[seed // 6]
     draw = random.Random(seed)
     model = shape(
         width * rounds, hidden=16, layer_bytes=(1000,) * (width * rounds),
         layer_kv_bytes=(10,) * (width * rounds), embed_bytes=700, output_bytes=900, vocabulary=5,
     )  # fmt: skip
     able = gpu(kind, draw.randint(20_000, 50_000), ram=draw.randint(15_000, 90_000),
-               unified_memory=kind == "metal", disk_read_bytes_per_s=1e6)  # fmt: skip
+               unified_memory=kind == "metal", disk_read_bytes_per_s=disk)  # fmt: skip
     of = costs.problem([able], model, SIZE)
     tables = Tables(of, rounds)
-    token_s = 10.0 if rounds > 1 else 1.0
+    token_s = 100.0 if rounds > 1 else 1.0  # enough to hide all reading
     few = tables.choices[0].token_s(token_s).min(axis=0)
     for first, last in itertools.combinations(range(0, width + 1, 2), 2):
         windows = tables.windows(first, last)
