@@ -75,7 +75,9 @@ class Stopwatch:
         self._layers, self._terms = layers, terms
         self.kind = device.kind
         gpu_layers = 0 if device.kind == "cpu" else -1
-        self._settings = Settings(1, ROWS, ROWS, terms.threads, gpu_layers)
+        # Positions beyond its context are missing in some models, and abort the process.
+        self._rows_max = max(1, min(ROWS, shape.context or ROWS))
+        self._settings = Settings(1, ROWS, self._rows_max, terms.threads, gpu_layers)
         memory = terms.memory_bytes
         if device.kind != "cpu":
             memory = min(memory, device.memory_free_bytes)
@@ -226,13 +228,21 @@ class Stopwatch:
 
     def _steps(self, run: _Run, rest_s: float = 0.0) -> list[Sample]:
         """Steps of one row."""
-        return self._sampled(lambda at: run.step(at, 1), _STEPS, _STEPS_S, rest_s)
+
+        def step(at: int) -> None:
+            run.step(at % self._rows_max, 1)
+
+        def begin_again(at: int) -> None:
+            if (at + 1) % self._rows_max == 0:
+                run.backend.trim(0, 0)
+
+        return self._sampled(step, _STEPS, _STEPS_S, rest_s, begin_again)
 
     def _chunk_s(self, run: _Run) -> float:
         """Seconds of a prefill chunk. The first one's chooses how many rows it has."""
 
         def sampled(rows: int, counts: tuple[int, int], limit_s: float) -> float:
-            def empty() -> None:
+            def empty(_at: int) -> None:
                 run.backend.trim(0, 0)
 
             return quick_s(
@@ -240,10 +250,11 @@ class Stopwatch:
             )
 
         if not self._chunk:
-            some_s = sampled(_SOME_ROWS, _STEPS, _STEPS_S / 4)
+            some = min(_SOME_ROWS, self._rows_max)
+            some_s = sampled(some, _STEPS, _STEPS_S / 4)
             # A chunk that fits between two throttlings tells the speed without them.
             longest_s = min(CHUNK_S, self._burst_s * 0.8)
-            self._chunk = trials.chunk_rows(_SOME_ROWS, some_s, longest_s, ROWS)
+            self._chunk = trials.chunk_rows(some, some_s, longest_s, self._rows_max)
         return sampled(self._chunk, _CHUNKS, _CHUNKS_S)
 
     def _sampled(
@@ -252,7 +263,7 @@ class Stopwatch:
         counts: tuple[int, int],
         limit_s: float,
         rest_s: float,
-        after: Callable[[], object] = lambda: None,
+        after: Callable[[int], object],
     ) -> list[Sample]:
         """Steps, the first left out: it maps the weights. Raises _Over."""
         least, most = counts
@@ -261,7 +272,7 @@ class Stopwatch:
         began_s = time.monotonic()
         for at in range(_LONGER * most + 1):
             sample = timed(partial(step, at))
-            after()
+            after(at)
             if at:
                 samples.append(sample)
                 free += not sample.held

@@ -63,7 +63,8 @@ async def test_random_layers_tell_what_the_model_takes(smol: Stored) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-moe-F16", "gemma3-tied-Q4_0", "qwen3next-moe-4", "mamba2", "dots1-moe-dense"]
+    "name",
+    ["llama-moe-F16", "gemma3-tied-Q4_0", "qwen3next-moe-4", "mamba2", "dots1-moe-dense", "gpt2"],
 )
 async def test_odd_models_are_measured_or_say_why_not(name: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")

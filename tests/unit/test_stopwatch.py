@@ -149,6 +149,22 @@ def test_under_a_quota_each_long_step_begins_with_a_full_one(
     assert stopwatch._PERIOD_S not in rests
 
 
+def test_no_position_lies_beyond_the_models_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path)
+    highest: list[int] = []
+    run = FakeBackend.run
+
+    def noted(self: FakeBackend, window: Window, batch: Batch, x: Any) -> Any:
+        highest.append(int(batch.positions.max()))
+        return run(self, window, batch, x)
+
+    monkeypatch.setattr(FakeBackend, "run", noted)
+    assert measured(folder, terms(), context=20).prefill_tokens == 20
+    assert max(highest) == 19
+
+
 def test_a_chunk_fits_between_two_throttlings(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     assert measured(folder, terms(cpu_share=0.0001)).prefill_tokens == 16
