@@ -73,7 +73,6 @@ def _profile(
         peer_id(index), f"peer{index}", "linux", 4, ram, ram, engines=tuple(engines),
         unified_memory=unified, speeds=tuple(speeds),
         disk_read_bytes_per_s=draw.choice([0, 1e8, 4e8, 2e9]),
-        lock_bytes=draw.choice([1 << 60, 1 << 60, 0, int(need / 2)]),
         cpu_share=draw.choice([1, 1, 0.5, 0.2]) if throttled else 1.0,
     )  # fmt: skip
 

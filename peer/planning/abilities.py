@@ -66,11 +66,6 @@ class Able:
         return self.profile.peer_id
 
     @property
-    def lock_bytes(self) -> int:
-        """Of its profile: so many bytes of weights can be kept from being forgotten."""
-        return self.profile.lock_bytes
-
-    @property
     def disk_bytes_per_s(self) -> float:
         """Of its profile; 0: it cannot stream."""
         return self.profile.disk_read_bytes_per_s

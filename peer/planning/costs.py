@@ -13,9 +13,9 @@ E = max(0, k D - (k - 1) (T - busy)), and the buffer cannot be larger than what 
 for. T, the time of a token, stands on both sides: `token_s` finds the least one. (halka's own: the
 paper lets nothing overlap, so its objective can never prefer k > 1; arXiv:2504.08791, section 3.2.)
 
-Pages that are not locked do not stay: a cyclic scan of 400 MiB within 300 MiB reads all 400 again,
-every time (measured on Linux 6.18). So a peer that streams and may not lock what fits reads that
-again, too.
+Left to itself the kernel drops what was used for the longest time, and a cyclic scan of 400 MiB
+within 300 MiB reads all 400 again, every time. That only X or k F bytes are read is the stage's
+doing: see `ring.residence`, which was measured to read what is said here.
 
 Throttling. A control group that allows a share of the processor's time does not slow a short turn
 down, but T cannot be less than the turn divided by the share.
@@ -140,6 +140,13 @@ class Part:
         """E: disk time for a token of `token_s` that nothing hides."""
         return exposed(self.read_s, self.room_s, self.busy_s, rounds, token_s)
 
+    def ahead_bytes(self, rounds: int, token_s: float) -> int:
+        """F: the buffer that leaves so much to be waited for; -1 where nothing streams."""
+        if not self.streamed_bytes:
+            return -1
+        hidden = 1 - self.waits_s(rounds, token_s) / self.read_s
+        return int(self.streamed_bytes * hidden) // (rounds - 1) if rounds > 1 else 0
+
 
 def exposed(read_s: float, room_s: float, busy_s: float, rounds: int, token_s: float) -> float:
     """E of this module's first lines."""
@@ -173,13 +180,12 @@ def part(
         return None
     busy, on_cpu, prefill = _times(able, cpu, gpu, len(windows), tail)
     rate = able.disk_bytes_per_s or 1.0
-    forgotten = max(0, weights - streamed - able.lock_bytes) if streamed else 0
     return Part(
         busy_s=busy,
         cpu_s=on_cpu,
         prefill_s=prefill,
-        read_s=(streamed + forgotten) / rate,
-        room_s=(weights - streamed - forgotten) / rate,
+        read_s=streamed / rate,
+        room_s=(weights - streamed) / rate,
         memory_bytes=ram,
         gpu_bytes=vram,
         streamed_bytes=streamed,

@@ -35,7 +35,11 @@ class PlanId(Value, frozen=True, order=True):
 
 
 class PlanWindow(Value, frozen=True):
-    """Layers [first, last) on one peer, by one backend."""
+    """Layers [first, last) on one peer, by one backend.
+
+    ahead_bytes: of a window that streams, what is read before its turn, into room that others make
+    for it by giving up as much; -1: as much as there can be.
+    """
 
     peer_id: PeerId
     first: Layer
@@ -43,7 +47,8 @@ class PlanWindow(Value, frozen=True):
     backend: Name = "llama_cpp"
     memory_bytes: Bytes = 0  # predicted: weights and KV
     gpu_layers: int = -1
-    streamed_bytes: Bytes = 0  # weights of it that do not stay in memory from token to token
+    streamed_bytes: Bytes = 0  # its share of the weights that are too many for the peer's memory
+    ahead_bytes: Annotated[int, msgspec.Meta(ge=-1, le=1 << 60)] = -1
 
 
 class LeftOut(Value, frozen=True):

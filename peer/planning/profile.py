@@ -109,7 +109,6 @@ class Profile(Value, frozen=True):
     threads: Count = 0  # of a stage; 0: not told
     cpu_share: Share = 1.0
     disk_read_bytes_per_s: Rate = 0.0  # of the disk that holds the models
-    lock_bytes: Bytes = 1 << 60  # that a stage may lock into memory (RLIMIT_MEMLOCK)
     speeds: Annotated[tuple[Speed, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
     unmeasured: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
     links: Annotated[tuple[Link, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()

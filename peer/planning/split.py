@@ -291,6 +291,7 @@ def _windows(of: Problem, ring: Ring) -> tuple[PlanWindow, ...]:
                     memory_bytes=shape.window_bytes(a, b) + cells * sum(shape.layer_kv_bytes[a:b]),
                     gpu_layers=-1 if able.gpu and layers >= b - a else layers,
                     streamed_bytes=part.streamed_bytes // ring.rounds,
+                    ahead_bytes=part.ahead_bytes(ring.rounds, ring.forecast.tpot_s),
                 )
             )
     return tuple(rows)

@@ -113,10 +113,9 @@ class Tables:
             fits &= streamed == 0
         rate = able.disk_bytes_per_s or 1.0
         kept = cpu_weights - streamed
-        forgotten = np.where(streamed > 0, np.maximum(0, kept - able.lock_bytes), 0)
         return Table(
             k, fits, *self._times(able, a, b, starts, on_gpu, tail),
-            (streamed + forgotten) / rate, (kept - forgotten) / rate, b - starts,
+            streamed / rate, kept / rate, b - starts,
             max(1e-6, able.profile.cpu_share),
         )  # fmt: skip
 

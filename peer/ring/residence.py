@@ -38,22 +38,28 @@ Range = tuple[int, int]  # address, bytes
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A window's layers on the processor, in order, as files; streamed_bytes: as in PlanWindow."""
+    """A window's layers on the processor, in order, as files; the others: as in PlanWindow."""
 
     layers: tuple[Path, ...]
     streamed_bytes: int
+    ahead_bytes: int = -1
 
 
-def given_up(weights: Sequence[int], streamed: Sequence[int]) -> tuple[list[int], int]:
+def given_up(
+    weights: Sequence[int], streamed: Sequence[int], wanted: int = -1
+) -> tuple[list[int], int]:
     """(bytes that each window gives up after its turn, bytes of them to read ahead of a turn).
 
     Where X bytes are too many, one window gives up X, and has no room to read ahead. Of k windows
-    each gives up X / (k - 1): that makes X, and room for what the next one gave up.
+    each gives up (X + F) / k: that makes X, and room to read F ahead (wanted; -1: the most that any
+    can use, X / (k - 1), where each reads ahead all that it gave up).
     """
     excess, rounds = sum(streamed), len(weights)
-    share = -(-excess // max(1, rounds - 1))
+    most = -(-excess // max(1, rounds - 1)) if rounds > 1 else 0
+    ahead = most if wanted < 0 else min(wanted, most)
+    share = -(-(excess + ahead) // rounds)
     given = [min(share, own) for own in weights]
-    return given, min(share, max(0, sum(given) - excess))
+    return given, min(ahead, max(0, sum(given) - excess))
 
 
 class Residence:
@@ -91,7 +97,8 @@ class Residence:
         """Note the ranges. Raises OSError."""
         layers = [[_Map(path, self._maps) for path in window.layers] for window in windows]
         weights = [sum(each.size for each in maps) for maps in layers]
-        given, ahead = given_up(weights, [window.streamed_bytes for window in windows])
+        streamed = [window.streamed_bytes for window in windows]
+        given, ahead = given_up(weights, streamed, windows[0].ahead_bytes)
         engine = _Engine(self._maps)
         for maps, own, loose in zip(layers, weights, given, strict=True):
             ranges = list(_last(maps, own, loose))

@@ -79,7 +79,7 @@ class Windows:
         window = self.plan.split.windows[index]
         layers = window.last - window.first
         on_gpu = layers if window.gpu_layers < 0 else min(layers, window.gpu_layers)
-        return Files(splits[: layers - on_gpu], window.streamed_bytes)
+        return Files(splits[: layers - on_gpu], window.streamed_bytes, window.ahead_bytes)
 
     def apply(self, ops: tuple[Open | Trim | Copy, ...]) -> None:
         """Do what the frame asks for before its rows are run."""

@@ -51,7 +51,7 @@ MEASURED_SHAPE = msgspec.structs.replace(
 )
 MEASURED_PROFILE = msgspec.structs.replace(
     PROFILE, objective="throughput", unified_memory=True, threads=4, cpu_share=0.5,
-    disk_read_bytes_per_s=2e9, lock_bytes=1 << 23,
+    disk_read_bytes_per_s=2e9,
     speeds=(
         Speed(digest=DIGEST, backend="llama_cpp", kind="cpu", threads=4, decode_s=(1e-3, 2e-3),
               prefill_s=(0.25, 0.5), prefill_tokens=512, window_s=1e-4, output_s=2e-4,
@@ -64,7 +64,7 @@ STREAMED = PlanState(
     plan=Plan(
         id=PLAN, coordinator=ADA, shape=MEASURED_SHAPE,
         split=Split(
-            windows=(PlanWindow(peer_id=ADA, first=0, last=3, streamed_bytes=40),),
+            windows=(PlanWindow(peer_id=ADA, first=0, last=3, streamed_bytes=40, ahead_bytes=7),),
             context=1, kv_cells=1, slots=1, batch_tokens=1,
         ),
     ),

@@ -102,14 +102,6 @@ def test_what_does_not_fit_is_read_for_each_token() -> None:
     assert found.room_s == pytest.approx(1500 / 1e6)
 
 
-def test_weights_that_may_not_be_locked_are_forgotten_where_some_are_streamed() -> None:
-    for ram, read in ((COMPUTE + 2 * 1640 - 500, 500 + 1500 - 1100), (COMPUTE + 2 * 1640, 0)):
-        able = profile(ram=ram, disk_read_bytes_per_s=1e6, lock_bytes=1100)
-        found = part(costs.problem([able], MODEL, SIZE), 1, 3)
-        assert found is not None
-        assert found.read_s == pytest.approx(read / 1e6)
-
-
 def test_nothing_streams_without_a_disk_nor_more_than_the_weights() -> None:
     ram = COMPUTE + 2 * 1640 - 500
     assert part(costs.problem([profile(ram=ram)], MODEL, SIZE), 1, 3) is None
@@ -211,6 +203,19 @@ def test_rounds_hide_reading_as_far_as_time_and_room_go() -> None:
     assert costs.exposed(1.0, 9.0, 0.5, 2, 2.0) == pytest.approx(2 * 1.0 - 1.5)
     assert costs.exposed(1.0, 9.0, 0.5, 2, 9.0) == 0.0
     assert costs.exposed(1.0, 0.25, 0.5, 2, 9.0) == pytest.approx(0.75)
+
+
+def test_what_is_read_ahead_leaves_as_much_to_be_waited_for_as_is_told() -> None:
+    """X = 100 bytes at 100 a second: what F bytes ahead of k - 1 turns do not hide is waited for."""
+    streams = Part(0.5, 0.5, 0.0, 1.0, 9.0, 1000, 0, 100, 0)
+    assert streams.ahead_bytes(1, 5.0) == 0
+    assert streams.ahead_bytes(2, 9.0) == 100
+    assert streams.ahead_bytes(3, 9.0) == 50
+    waits_s = streams.waits_s(2, 2.0)
+    assert 0 < waits_s < 1
+    assert 100 - streams.ahead_bytes(2, 2.0) == pytest.approx(100 * waits_s)
+    resident = Part(0.5, 0.5, 0.0, 0.0, 9.0, 1000, 0, 0, 0)
+    assert resident.ahead_bytes(2, 9.0) == -1
 
 
 @pytest.mark.parametrize("block", range(10))

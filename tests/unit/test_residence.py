@@ -46,6 +46,13 @@ def test_what_windows_give_up_makes_room_for_the_next_ones_share(rounds: int) ->
     assert sum(given) - ahead < 12 * rounds + rounds
 
 
+@pytest.mark.parametrize("wanted", [0, 3, 12, 24, 99])
+def test_a_plan_that_wants_less_read_ahead_has_less_given_up(wanted: int) -> None:
+    given, ahead = given_up([1000] * 2, [12] * 2, wanted)
+    assert ahead == min(wanted, 24)
+    assert sum(given) - ahead in (24, 25)
+
+
 def test_nothing_is_given_up_that_a_window_has_not() -> None:
     given, ahead = given_up([10, 1000], [8, 8])
     assert given == [10, 16]
