@@ -306,7 +306,7 @@ def test_every_dependency_has_its_reason_beside_it() -> None:
     none(complaints())
 
 
-IMPORTED_AS = {"pyzmq": "zmq", "llama-cpp-python": "llama_cpp"}
+IMPORTED_AS = {"pyzmq": "zmq", "llama-cpp-python": "llama_cpp", "nvidia-ml-py": "pynvml"}
 
 
 def test_every_dependency_is_used_and_everything_used_is_one() -> None:
