@@ -306,8 +306,9 @@ def _whole(costs: Floats, hops: Floats, closing: Floats, found: Found, must: Set
     finish = start.copy()
     start[:, 0], finish[:, -1] = first, last
     _, slack = trimmed(costs, hops, start, finish, found[0])
-    chosen = _kept(slack, [peer for peer, _, _ in found[1]], found[0], edges, WHOLE_WORK)
-    if work(len(chosen), edges) > WHOLE_WORK:
+    own = [peer for peer, _, _ in found[1]]
+    chosen = _kept(slack, own, found[0], edges, WHOLE_WORK)
+    if not set(own) <= set(chosen) or work(len(chosen), edges) > WHOLE_WORK:
         return found
     at = np.ix_(chosen, chosen)
     needed = {i for i, peer in enumerate(chosen) if peer in must}

@@ -206,7 +206,7 @@ def test_rounds_hide_reading_as_far_as_time_and_room_go() -> None:
 
 
 def test_what_is_read_ahead_leaves_as_much_to_be_waited_for_as_is_told() -> None:
-    """X = 100 bytes at 100 a second: what F bytes ahead of k - 1 turns do not hide is waited for."""
+    """X = 100 bytes at 100 a second: what reading F ahead does not hide is waited for."""
     streams = Part(0.5, 0.5, 0.0, 1.0, 9.0, 1000, 0, 100, 0)
     assert streams.ahead_bytes(1, 5.0) == 0
     assert streams.ahead_bytes(2, 9.0) == 100
