@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,14 +135,9 @@ def _speeds(
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """No two peers on one machine measure at once, or each would measure the other one, too."""
-    path = Path(tempfile.gettempdir()) / f"halka-measuring-{os.getuid()}"
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags, 0o600)
-    except OSError:  # somebody else's; what it guards is precision, no more
-        yield
-        return
+    """No two peers on one machine measure at once, or each would measure the other one, too. What
+    they have in common, and what need not be made nor removed, is this file."""
+    descriptor = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
     try:
         until_s = time.monotonic() + ALONE_S
         while not files.try_lock(descriptor) and time.monotonic() < until_s:

@@ -34,7 +34,7 @@ from peer.models.manifest import (
 from peer.models.parts import Placed, place
 from peer.planning.trials import Trial
 
-PREFIX = "measure-"
+PREFIX = ".measure-"
 _TILE_BYTES = 1 << 20  # of random numbers, again and again: their places in memory differ
 _FREE_BYTES = 256 << 20  # that the disk keeps at least
 _LEAST, _MOST = 0.01, 0.03  # of plain numbers, beside their sign

@@ -64,17 +64,17 @@ def test_what_a_killed_measurement_left_is_removed_and_a_running_one_is_not(
     model: tuple[Path, Manifest],
 ) -> None:
     folder, manifest = model
-    left = folder / "measure-killed"
+    left = folder / ".measure-killed"
     left.mkdir()
     (left / "layer-000.gguf").write_bytes(b"x")
     with RandomLayers(folder, manifest) as running:
         assert not left.exists()
         sweep(folder)
         assert running.folder.exists()
-        (folder / "measure-link").symlink_to(folder.parent)
+        (folder / ".measure-link").symlink_to(folder.parent)
         sweep(folder)
         assert folder.parent.exists()
-        (folder / "measure-link").unlink()
+        (folder / ".measure-link").unlink()
 
 
 def test_a_full_disk_is_a_reason_and_leaves_nothing(
@@ -93,7 +93,7 @@ def test_a_full_disk_is_a_reason_and_leaves_nothing(
         RandomLayers(folder, manifest) as layers,
     ):
         layers.place(trials.itself(shape, 1, 2), recipe)
-    assert not list(folder.glob("measure-*"))
+    assert not list(folder.glob(".measure-*"))
 
 
 @pytest.mark.parametrize("kind", sorted(gguf.TYPES))

@@ -173,16 +173,16 @@ async def test_an_answer_that_comes_ends_measuring_at_once(
     monkeypatch.setenv("HALKA_FAKE_DELAY_S", "5")
     shape = await survey.shape("fake", folder)
     task = asyncio.create_task(survey.speeds(config, folder, shape))
-    await until(lambda: found_in(folder, "measure-*/layer-*"), 20, "layers are written")
+    await until(lambda: found_in(folder, ".measure-*/layer-*"), 20, "layers are written")
     task.cancel()
     began_s = asyncio.get_running_loop().time()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert asyncio.get_running_loop().time() - began_s < 1
-    assert found_in(folder, "measure-*"), "killed: it could not clean up"
+    assert found_in(folder, ".measure-*"), "killed: it could not clean up"
     monkeypatch.delenv("HALKA_FAKE_DELAY_S")
     await survey.speeds(config, folder, shape)
-    assert not found_in(folder, "measure-*"), "the next one did"
+    assert not found_in(folder, ".measure-*"), "the next one did"
 
 
 async def test_the_disk_is_measured_in_the_process_too(config: Config, tmp_path: Path) -> None:
