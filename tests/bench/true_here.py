@@ -163,7 +163,7 @@ def line(result: Result) -> str:
         tried = result.tried
         text += (
             f"\n   {tried.count} other splits run; the fastest: {tried.fastest}, "
-            f"{tried.gain:+.1%} against the plan"
+            f"{abs(tried.gain):.1%} {'faster' if tried.gain > 0 else 'slower'} than the plan"
         )
     return text
 
