@@ -168,10 +168,12 @@ def test_the_search_for_many_peers_comes_near_the_exact_one(
     assert found[-1] <= 0.20
 
 
-def test_small_rings_among_many_peers_are_exact() -> None:
+def test_small_rings_among_many_peers_are_nearly_always_the_best() -> None:
+    """Other than by the number of rounds: one that is far from the best at first is given up."""
     found = gaps(Wanted(), range(40), (7, 9))
     told("as it is", found)
-    assert found[-1] <= WITHIN
+    assert found[int(0.95 * (len(found) - 1))] <= WITHIN
+    assert found[-1] <= 0.05
 
 
 def test_highs_takes_peers_that_are_nearly_the_best() -> None:
