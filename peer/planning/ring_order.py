@@ -10,6 +10,7 @@ stretch can be made better, or after so many rounds of that: never by the clock.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import combinations, pairwise, product
 
@@ -24,8 +25,9 @@ OUTSIDERS = 3  # that can take their places
 PASSES = 3  # over all stretches of a ring
 STRETCH_WORK = 8e6  # additions for one stretch: 7 peers in a round of 126 layers
 WHOLE_WORK = 2e7  # additions for all of a small ring: 8 peers in a round of 126 layers
-FAR = 0.1  # of the cost: further away, a ring is not improved enough
+FAR = 0.2  # of the cost: further away, a ring is not improved enough
 TURNS = 2  # of an improved ring, so that another peer is the last one
+SHUFFLES = 200  # orders that are tried where none of those given fits
 STARTS = 2  # that are put in order before the best of them is improved
 REORDERINGS = 20  # of a ring, one after another
 BETTER = 1e-5  # of the cost: less is not worth another look
@@ -281,6 +283,13 @@ def near(
         return None
     if (order := counted()) and (found := along(costs, hops, closing, order, must)):
         begun.append(found)
+    if not begun:  # what must be in it fits in few orders only
+        draw, shuffled = random.Random(0), list(range(len(costs)))
+        for _ in range(SHUFFLES):
+            draw.shuffle(shuffled)
+            if found := along(costs, hops, closing, shuffled, must):
+                begun.append(found)
+                break
     if not begun:
         return None
     tails: dict[int, Found] = {}
