@@ -40,6 +40,8 @@ from peer.planning.plan import Forecast, PeerForecast, Split
 from peer.planning.profile import Link, ModelShape, Profile
 
 PROMPT_TOKENS = 512  # of the prompt whose TTFT is told
+HEAD_S = 3.3e-4  # of the head for each token: scheduling, and telling the entry peer
+HOP_CPU_S = 3.8e-4  # of a stage's processor for each hop; a part of it overlaps with the wire
 HOP_S = 2e-4  # of the two stages' Python and ZeroMQ around a frame, beyond the wire
 RTT_S = 1e-3  # of a link that was not measured: Ethernet and a switch
 BYTES_PER_S = 6e7  # of such a link: half a Gbit/s
@@ -122,9 +124,12 @@ def way(link: Link, carried_bytes: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a peer's windows take together. busy_s: computing, for a token; cpu_s: of that, on its
-    processor; read_s: D; room_s: reading, once, all that could stay resident; gpu_layers: of each
-    window, the last ones. memory_bytes: with what is streamed."""
+    """What a peer's windows take together.
+
+    busy_s: computing, for a token; cpu_s: its processor's time, with what hops take of it. read_s:
+    D; room_s: reading, once, all that could stay resident. gpu_layers: of each window, the last
+    ones. memory_bytes: with what is streamed.
+    """
 
     busy_s: float
     cpu_s: float
@@ -179,10 +184,12 @@ def part(
     if streamed and not able.disk_bytes_per_s:
         return None
     busy, on_cpu, prefill = _times(able, cpu, gpu, len(windows), tail)
+    head, whole = windows[0][0] == 0, len(cpu) + len(gpu) == shape.layers
+    head_s, hops_cpu_s = HEAD_S * head, HOP_CPU_S * len(windows) * (not whole)
     rate = able.disk_bytes_per_s or 1.0
     return Part(
-        busy_s=busy,
-        cpu_s=on_cpu,
+        busy_s=busy + head_s,
+        cpu_s=on_cpu + head_s + hops_cpu_s,
         prefill_s=prefill,
         read_s=streamed / rate,
         room_s=(weights - streamed) / rate,
@@ -214,7 +221,7 @@ def _times(
 
 
 def busy_s(of: Problem, able: Able, windows: Sequence[tuple[int, int]], gpu_layers: int) -> float:
-    """Seconds of computing for a token, whether the windows fit or not."""
+    """Seconds that a stage computes for a token, whether its windows fit or not."""
     gpu_layers = gpu_layers if able.gpu else 0
     cpu, gpu = _placed(windows, gpu_layers)
     return _times(able, cpu, gpu, len(windows), windows[-1][1] == of.shape.layers)[0]
@@ -285,7 +292,7 @@ def evaluate(of: Problem, order: Sequence[int], rounds: int, parts: Sequence[Par
     token = token_s(rounds, hops, busy, least, reads, [p.room_s for p in parts])
     chunks = -(-PROMPT_TOKENS // of.size.batch_tokens)
     slow = [
-        p.prefill_s * (1 + p.cpu_s / p.busy_s * (1 / share - 1)) + p.read_s
+        p.prefill_s * (1 + min(1.0, p.cpu_s / p.busy_s) * (1 / share - 1)) + p.read_s
         for p, share in zip(parts, shares, strict=True)
     ]
     around = _around(of.chunk_s, order, rounds)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from peer.planning.costs import Able, Floats, Problem
+from peer.planning.costs import HEAD_S, HOP_CPU_S, Able, Floats, Problem
 from peer.planning.cuts import Cuts, Flags, Ints
 from peer.planning.profile import ModelShape
 
@@ -133,10 +133,12 @@ class Tables:
         output_s = np.where(on_gpu, gpu.output_s, cpu.output_s) * tail
         with_cpu = np.where(starts > a, cpu.window_s, 0.0)
         around_s = self.rounds * np.maximum(with_cpu, np.where(on_gpu, gpu.window_s, 0.0))
+        around_s = around_s + HEAD_S * (a == 0)
+        hops_cpu_s = self.rounds * HOP_CPU_S * ~((a == 0) & tail)
         slow_s, fast_s = spent(cpu.prefill_s, gpu.prefill_s)
         return (
             cpu_s + gpu_s + output_s + around_s,
-            cpu_s + around_s + np.where(on_gpu, 0.0, output_s),
+            cpu_s + around_s + hops_cpu_s + np.where(on_gpu, 0.0, output_s),
             slow_s + fast_s + output_s,
         )
 

@@ -190,15 +190,15 @@ class Sample:
 def quick_s(samples: Sequence[Sample]) -> float:
     """The time of a step that nothing held up.
 
-    The median of the faster half of those from which nothing was taken; where there are none, the
-    fastest.
+    The median of the faster two thirds of those from which nothing was taken (of the faster half it
+    was 8 % less than llama.cpp took alone); where there are none, the fastest.
     """
     if not samples:
         raise ValueError("no step was timed")
     free = sorted(sample.seconds for sample in samples if not sample.held)
     if not free:
         return min(sample.seconds for sample in samples)
-    return median(free[: (len(free) + 1) // 2])
+    return median(free[: max(1, 2 * len(free) // 3)])
 
 
 def is_free(samples: Sequence[Sample]) -> bool:

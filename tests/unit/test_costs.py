@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from peer.planning import costs
-from peer.planning.abilities import USUAL_BYTES_PER_S
+from peer.planning.abilities import KV_FACTOR, USUAL_BYTES_PER_S
 from peer.planning.costs import Part, Problem
 from peer.planning.profile import EngineProfile, Link, Profile, Speed
 from peer.planning.tables import ALL_CHOICES_WIDTH, Tables
@@ -25,7 +25,7 @@ SIZE = costs.Size(context=64, kv_cells=64, batch_tokens=8)
 COMPUTE = 4 * 8 * (16 * 16 + 64)  # rows, activations, mask: 10,240 bytes
 LOGITS = 4 * 8 * 5
 DECODE_S, GPU_S, WINDOW_S, OUTPUT_S = 1e-3, 1e-4, 5e-4, 2e-3
-GROWN = 1 + 10 * costs.FILL_TOKENS / 1000  # the KV cache that is read beside a layer
+GROWN = 1 + 10 * costs.FILL_TOKENS * KV_FACTOR / 1000  # the KV cache that is read beside a layer
 
 
 def profile(index: int = 0, ram: int = 1 << 30, **changes: object) -> Profile:
@@ -63,7 +63,7 @@ def test_a_resident_window_takes_its_layers_and_what_is_around_them() -> None:
     found = part(costs.problem([profile()], MODEL, SIZE), 1, 3)
     assert found is not None
     assert found.busy_s == pytest.approx(2 * DECODE_S * GROWN + WINDOW_S)
-    assert found.cpu_s == found.busy_s
+    assert found.cpu_s == pytest.approx(found.busy_s + costs.HOP_CPU_S)
     assert found.prefill_s == pytest.approx(2 * (2 * DECODE_S) * 8 / 16)
     assert found.memory_bytes == 2 * (1000 + 64 * 10) + COMPUTE
     assert (found.read_s, found.streamed_bytes, found.gpu_bytes) == (0, 0, 0)
@@ -117,8 +117,10 @@ def test_layers_on_a_gpu_with_memory_of_its_own_leave_the_machine_s() -> None:
     assert found is not None
     assert found.gpu_bytes == COMPUTE + 2 * 1640
     assert found.memory_bytes == COMPUTE + 1640
-    assert found.busy_s == pytest.approx((DECODE_S + 2 * GPU_S) * GROWN + WINDOW_S)
-    assert found.cpu_s == pytest.approx(DECODE_S * GROWN + WINDOW_S)
+    on_gpu_s = 2 * GPU_S * (1 + 10 * costs.FILL_TOKENS / 1000)
+    assert found.busy_s == pytest.approx(DECODE_S * GROWN + on_gpu_s + WINDOW_S + costs.HEAD_S)
+    around_s = costs.HEAD_S + costs.HOP_CPU_S
+    assert found.cpu_s == pytest.approx(DECODE_S * GROWN + WINDOW_S + around_s)
     assert part(of, 0, 3, 3) is None
 
 
@@ -158,9 +160,10 @@ def test_a_token_is_the_sum_of_windows_hops_and_waits() -> None:
     of = costs.problem([profile(0), profile(1)], MODEL, SIZE)
     parts = [part(of, 0, 2), part(of, 2, 4, peer=1)]
     told = costs.evaluate(of, [0, 1], 1, [p for p in parts if p])
-    windows = 4 * DECODE_S * GROWN + 2 * WINDOW_S + OUTPUT_S
+    windows = 4 * DECODE_S * GROWN + 2 * WINDOW_S + OUTPUT_S + costs.HEAD_S
     assert told.tpot_s == pytest.approx(windows + float(of.hop_s[0, 1] + of.close_s[1, 0]))
-    assert told.stage_s == pytest.approx(2 * DECODE_S * GROWN + WINDOW_S + OUTPUT_S)
+    busiest = 2 * DECODE_S * GROWN + WINDOW_S + OUTPUT_S + costs.HOP_CPU_S
+    assert told.stage_s == pytest.approx(busiest)
 
 
 def test_a_throttled_peer_makes_a_token_longer_only_where_it_has_no_rest() -> None:

