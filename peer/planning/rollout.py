@@ -16,6 +16,7 @@ from peer.planning.choice import choose
 from peer.planning.failures import RETRY_S, Failures
 from peer.planning.making import Answer, Question, measured, pace
 from peer.planning.making import Members as Members
+from peer.planning.patience import Patience
 from peer.planning.plan import Plan, PlanId, PlanState, Split
 from peer.planning.profile import ModelShape
 from peer.planning.rollout_events import Action as Action
@@ -44,7 +45,7 @@ class Rollout:
         self._choice = choose({}, "", me)
         self._failures = Failures(doubt_s=2 * timing.silence_s)
         self._asked = 0  # questions to the planner, ever
-        self._measuring: dict[tuple[str, str], float] = {}  # peer, model: waited for since
+        self._patience = Patience(timing)
         self._begin(None, ())
 
     @property
@@ -60,6 +61,8 @@ class Rollout:
         self._running: dict[PlanId, Running] = {}
         self._adopted: PlanId | None = None
         self._decided = False  # nothing is published before the first decision of a term
+        self._served = any(s.phase == "serving" for s in known)  # something did, in this term
+        self._patience.begin()
         self._why_none = ""
         self._ignored: Mapping[str, str] = {}  # as last told
         self._cause = "a new coordinator"
@@ -201,8 +204,9 @@ class Rollout:
             # Without its own profile this peer would plan without itself.
             if situation == self._planned or self._me not in self._members.profiles:
                 self._quiet_at = _NEVER
+                self._patience.begin()
                 return
-            self._quiet_at = now + self._timing.settle_s
+            self._quiet_at = self._patience.quiet_at(now)
             # After a first failure it is worth a second's wait not to plan without the peer.
             retry_at = self._failures.deadline
             if retry_at <= now + RETRY_S[0]:
@@ -215,6 +219,7 @@ class Rollout:
             self._quiet_at = wait_until
             return []
         self._quiet_at = _NEVER
+        self._patience.begin()
         self._seen = self._planned = self._situation()
         shapes = tuple(self._ranked())
         self._asked += 1
@@ -233,6 +238,9 @@ class Rollout:
         """What the planner says, unless something else was asked since."""
         if answer.number != self._asked or self._planned is None:
             return []
+        if answer.plan and not self._members.present.issuperset(answer.plan.ring):
+            self._seen = self._planned = None  # one of its peers was lost meanwhile: think again
+            return []
         self._decided, self._known = True, ()
         if answer.plan is None:
             return self._without(". ".join([*answer.whys.values()][:3]) or self._choice.why)
@@ -245,18 +253,17 @@ class Rollout:
 
     def _measuring_until(self, now: float) -> float:
         """Until when plans wait for peers that have not measured the wanted model yet. One that
-        could be used alone waits for nobody: there is nothing to choose."""
+        could be used alone waits for nobody: there is nothing to choose. Nor does anybody where
+        what served was lost: its answers wait to go on."""
         shape = self.wanted
-        if shape is None:
+        lost = self._served and not any(r.serves for r in self._running.values())
+        if shape is None or lost:
             return now
         barred = self._failures.barred(shape.digest)
         able = [p for p in self._members.here if p.engines and p.peer_id not in barred]
         late = [p.peer_id for p in able if not measured(p, shape.digest)]
-        since = {peer_id: self._measuring.get((peer_id, shape.digest), now) for peer_id in late}
-        self._measuring = {(peer_id, shape.digest): at for peer_id, at in since.items()}
-        if len(able) < 2 or not since:
-            return now
-        return max(since.values()) + self._timing.measure_s
+        until = self._patience.measured_at(late, shape.digest, now)
+        return until if len(able) > 1 else now
 
     def _roll_out(
         self, plan: Plan, current: list[Running], now: float, gain: str = ""
@@ -317,6 +324,7 @@ class Rollout:
             running.enter("linking", now)
         elif phase == "linking" and running.all_reached("linked"):
             running.enter("serving", now)
+            self._served = True
             self._retire(now, running)
             return [Note(f"plan {running.plan.id} serves on {len(running.plan.ring)} peers")]
         elif (
@@ -344,13 +352,13 @@ class Rollout:
             digest, ring = running.plan.shape.digest, running.plan.ring
             text = f"the stage on {name} failed: {why}"[:900]
             self._failures.blame(peer_id, digest, ring, text, now)
-            self._seen = self._planned = None  # think again, though all else is as it was
         return self._drop(running, f"the stage on {name} failed: {why}")
 
     def _drop(self, running: Running, why: str, keep_cause: bool = False) -> Note:
         del self._running[running.plan.id]
         if not keep_cause and running.state.phase != "draining":
             self._cause = why
+            self._seen = self._planned = None  # think again, though all may soon be as it was
         return Note(f"plan {running.plan.id} ({running.state.phase}) is over: {why}")
 
     def _expire(self, now: float) -> list[Note]:

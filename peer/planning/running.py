@@ -106,14 +106,14 @@ def adoptable(state: PlanState, term: int, present: frozenset[str]) -> bool:
 
 
 def is_same(plan: Plan, shape: ModelShape, split: Split) -> bool:
-    """Whether this plan's windows are the split's, for the same model and context."""
+    """Whether this plan's windows are the split's, for the same model, context and KV cache."""
 
-    def windows(of: Split) -> list[tuple[str, int, int, str]]:
-        return [(w.peer_id, w.first, w.last, w.backend) for w in of.windows]
+    def windows(of: Split) -> list[tuple[str, int, int, str, int]]:
+        return [(w.peer_id, w.first, w.last, w.backend, w.gpu_layers) for w in of.windows]
 
     return (
         plan.shape == shape
-        and plan.split.context == split.context
+        and (plan.split.context, plan.split.kv_cells) == (split.context, split.kv_cells)
         and windows(plan.split) == windows(split)
     )
 

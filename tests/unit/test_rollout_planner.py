@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from peer.planning.making import answer
+from peer.planning.patience import SETTLE_TIMES
+from peer.planning.profile import EngineProfile, Link, Speed
 from peer.planning.rollout import Elected, Solve, Solved, Tick
 from tests.coordinator import TIMING, A, B, C, World, profile, shape
 
@@ -79,3 +83,81 @@ def test_a_peer_that_joins_and_would_not_help_changes_nothing_that_runs() -> Non
     world.wait(10 * TIMING.settle_s)
     assert world.plans.states == (serving,)
     assert not any("over" in note for note in world.notes)
+
+
+def test_plans_are_made_though_something_changes_all_the_time() -> None:
+    world = World(A, B, C)
+    world.do(Elected(3))
+    for turn in range(100):
+        links = (Link(B, 1e-4 * 4 ** (turn % 3), 1e8),)
+        world.profiles[A] = replace(world.profiles[A], links=links)
+        world.members()
+        world.wait(TIMING.settle_s / 2)
+        if world.rollout.states:
+            break
+    assert world.now <= 100 + (SETTLE_TIMES + 1) * TIMING.settle_s
+
+
+def test_peers_that_come_one_by_one_to_measure_do_not_keep_a_plan_waiting() -> None:
+    world = World(A)
+    world.do(Elected(3))
+    for letter in "bcdefg":
+        world.profiles[letter * 16] = profile(letter * 16, unmeasured=())
+        world.members()
+        world.wait(TIMING.measure_s / 4)
+    assert world.rollout.states
+
+
+def test_what_served_and_was_lost_is_replaced_before_newcomers_have_measured() -> None:
+    world = World(A, B)
+    world.serve()
+    world.profiles[C] = profile(C, unmeasured=())
+    world.members()
+    world.wait(2 * TIMING.settle_s)
+    assert len(world.rollout.states) == 1, "while it serves, there is time to wait for C"
+    world.lose(B)
+    world.wait(TIMING.settle_s)
+    assert set(world.rollout.states[0].plan.ring) == {A, C}
+
+
+def test_a_plan_with_a_peer_that_was_lost_while_it_was_thought_of_is_not_rolled_out() -> None:
+    world = World(A, B)
+    world.do(Elected(3))
+    world.now += TIMING.settle_s
+    (asked,) = [a for a in world.rollout.step(Tick(), world.now) if isinstance(a, Solve)]
+    back = world.profiles[B]
+    world.lose(B)
+    world.do(Solved(answer(asked.question)))
+    assert world.rollout.states == ()
+    world.profiles[B] = back  # all is again as it was when it was asked
+    world.members()
+    world.wait(TIMING.settle_s)
+    assert set(world.rollout.states[0].plan.ring) == {A, B}
+
+
+def test_a_peer_that_is_back_at_once_does_not_leave_the_cluster_without_a_plan() -> None:
+    world = World(A, B)
+    world.do(Elected(3))
+    world.wait(TIMING.settle_s)
+    back = world.profiles[B]
+    world.lose(B)
+    assert world.rollout.states == ()
+    world.profiles[B] = back
+    world.members()
+    world.wait(TIMING.settle_s)
+    assert set(world.rollout.states[0].plan.ring) == {A, B}
+
+
+def test_a_plan_is_replaced_where_only_the_processor_changes() -> None:
+    cpu, gpu = EngineProfile("fake", "CPU", "cpu"), EngineProfile("fake", "GPU", "cuda", 4 << 30)
+    world = World(A)
+    alone = profile(A, spread_all=False, engines=(cpu, gpu), unmeasured=())
+    world.profiles[A] = alone
+    world.members()
+    assert world.serve().plan.split.windows[0].gpu_layers == -1, "as is usual for a GPU"
+    speed = Speed(shape().digest, "fake", "cpu", 4, (1e-4,), (0.1,), 512)
+    slow = replace(speed, kind="cuda", decode_s=(1e-2,))
+    world.profiles[A] = replace(alone, speeds=(speed, slow))
+    world.members()
+    world.wait(TIMING.settle_s)
+    assert world.rollout.states[-1].plan.split.windows[0].gpu_layers == 0
