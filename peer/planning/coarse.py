@@ -13,6 +13,13 @@ from peer.planning.costs import Problem
 from peer.planning.cuts import Cuts, Needs, nearest
 from peer.planning.rings import Ring
 
+_WINDOWS_MAX = 1_200_000  # of all peers that are looked at: some 0.3 GiB of tables
+
+
+def needed(of: Problem) -> bool:
+    """Whether a search would take too much memory and time."""
+    return len(of.peers) * (of.shape.layers + 1) ** 2 > _WINDOWS_MAX
+
 
 def in_proportion(of: Problem, everyone: bool) -> Ring | None:
     """Windows nearest to the peers' shares of memory, one a peer; None where nothing fits.

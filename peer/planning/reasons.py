@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peer.planning import costs, halda
+from peer.planning import coarse, costs, halda
 from peer.planning.costs import Able, Problem, Size
 from peer.planning.halda import Ring, Wanted
 from peer.planning.profile import ModelShape, Profile
@@ -46,7 +46,8 @@ def left_out(
     least, has = least_bytes(of), max(able.ram_bytes, able.gpu_bytes)
     if least > has:
         return f"{name} has {mib(has)} free and the smallest window needs {mib(least)}"
-    if len(ring_of) < _FORCED_MAX and wishes.objective == "latency":
+    latency = wishes.objective == "latency"
+    if latency and len(ring_of) < _FORCED_MAX and not coarse.needed(smaller):
         forced = halda.solve(smaller, Wanted(everyone=True))
         if forced is not None:
             return (

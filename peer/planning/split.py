@@ -28,7 +28,6 @@ CONTEXT_WORTH = 1.1  # a longer context may take so many times as long a token
 PEER_WORTH = 1.05  # and one peer fewer: each is a hop, and a machine that may be switched off
 _FEWER_MAX = 4  # peers of a ring for which fewer are tried
 BYTES_MAX = 1 << 60  # the bound of `Bytes`: no sum beyond it can be told to a peer
-_WINDOWS_MAX = 1_200_000  # of all peers that are looked at: some 0.3 GiB of tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +215,7 @@ class _Search:
 
     def _ring(self, of: Problem, everyone: bool) -> Ring | None:
         wishes, shape = self._wishes, self._shape
-        if len(of.peers) * (shape.layers + 1) ** 2 > _WINDOWS_MAX:
+        if coarse.needed(of):
             return coarse.in_proportion(of, everyone)
         index = {able.peer_id: i for i, able in enumerate(of.peers)}
         missing = np.zeros((len(of.peers), shape.layers))

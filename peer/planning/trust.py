@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from peer.planning.profile import Profile
 
 MEMORY_BYTES_MAX = 1 << 50  # a pebibyte: no home has it
-BYTES_PER_S_MAX = 1e13  # of disks and links; memory itself is slower
+BYTES_PER_S = (1.0, 1e13)  # of disks and links, where told: memory itself is slower than the most
 RTT_S_MAX = 60.0
 DECODE_S = (1e-9, 1e4)  # of a layer for a token: between what no processor does and no user awaits
 CORRECTION = (0.01, 100.0)
@@ -39,10 +39,10 @@ def _faults(profile: Profile) -> Iterator[str]:
         yield f"{profile.cpu_share} as its share of the processor"
     if not 0 <= profile.threads <= THREADS_MAX:
         yield f"{profile.threads} threads"
-    if not 0 <= profile.disk_read_bytes_per_s <= BYTES_PER_S_MAX:
+    if not _rate(profile.disk_read_bytes_per_s):
         yield f"a disk of {profile.disk_read_bytes_per_s:g} bytes a second"
     for link in profile.links:
-        if not 0 <= link.rtt_s <= RTT_S_MAX or not 0 <= link.bytes_per_s <= BYTES_PER_S_MAX:
+        if not 0 <= link.rtt_s <= RTT_S_MAX or not _rate(link.bytes_per_s):
             yield f"a link of {link.rtt_s:g} s and {link.bytes_per_s:g} bytes a second"
     for speed in profile.speeds:
         if not speed.decode_s or not speed.prefill_s or not speed.prefill_tokens:
@@ -55,3 +55,9 @@ def _faults(profile: Profile) -> Iterator[str]:
             yield f"{speed.window_s:g} s around a window on {speed.kind}"
         if not CORRECTION[0] <= speed.correction <= CORRECTION[1] or math.isnan(speed.correction):
             yield f"a correction of {speed.correction:g} on {speed.kind}"
+
+
+def _rate(bytes_per_s: float) -> bool:
+    """Whether it can be, or says that it is unknown. So little that dividing by it gives infinity
+    would make nonsense of every sum with it."""
+    return bytes_per_s == 0 or BYTES_PER_S[0] <= bytes_per_s <= BYTES_PER_S[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from msgspec.structs import replace
 
@@ -55,6 +57,21 @@ def test_a_context_whose_cache_no_number_holds_is_given_up_for_less() -> None:
     demand_tellable([with_gpus(A, 2)], model, context=1 << 31)
     window = solve([with_gpus(A, 2)], model, Wishes(context=1 << 31)).windows[0]
     assert window.memory_bytes <= HUGE
+
+
+def test_a_header_of_absurdly_many_layers_takes_no_more_memory_than_any_other() -> None:
+    able = [profile(p, memory_mib=1 << 16, spread_all=False) for p in (A, B)]
+    tracemalloc.start()
+    try:
+        split = solve(able, shape(layers=4096))
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert {window.peer_id for window in split.windows} | {
+        left.peer_id for left in split.left_out
+    } == {A, B}
+    assert len(split.left_out) == 1, "a reason for it is what took gigabytes"
+    assert most_bytes < 100 << 20
 
 
 def test_a_reason_that_is_as_long_as_may_be_is_still_a_message() -> None:
