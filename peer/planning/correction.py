@@ -18,17 +18,24 @@ def corrected(profile: Profile, plan: Plan, timed: Timed) -> Profile | None:
     """This peer's profile, corrected by what its stage's steps took; None: it is right already.
 
     timed: of the peer's own stage of the plan. Only measured speeds are corrected: what is usual
-    for a processor was never meant to be exact.
+    for a processor was never meant to be exact. Where a stage streams, its steps say how long it
+    waited for the disk, too; where a control group throttles it, a step longer than the quota lasts
+    takes up to 1 / share of its time. Both are forecast besides, and no reason to correct.
     """
     shape, split = plan.shape, plan.split
     of = costs.problem([profile], shape, Size(split.context, split.kv_cells, split.batch_tokens))
     mine = [w for w in split.windows if w.peer_id == profile.peer_id]
     if not timed.decode_s or not mine or not of.peers:
         return None
+    if any(window.streamed_bytes for window in mine):
+        return None
     layers = mine[0].gpu_layers if mine[0].gpu_layers >= 0 else shape.layers
     windows = [(w.first, w.last) for w in mine]
     expected_s = costs.busy_s(of, of.peers[0], windows, layers)
-    factor = timed.decode_s / expected_s
+    if expected_s <= 0:
+        return None
+    throttled_s = expected_s / max(1e-6, profile.cpu_share)
+    factor = timed.decode_s / min(max(timed.decode_s, expected_s), throttled_s)
     if 1 / TELL < factor < TELL:
         return None
     backend, (low, high) = of.peers[0].backend, CORRECTION

@@ -9,6 +9,7 @@ from peer.protocol import Timed
 
 _KEPT = 64  # steps of each kind
 _LEAST = 8  # steps before a median is worth telling
+POSITION_MAX = 1024  # of a decode step; later ones read a KV cache that no forecast is made for
 PREFILL_ROWS = 64  # in shorter steps the fixed costs count too much to tell a row's
 
 
@@ -22,10 +23,11 @@ class Paces:
         self._begun: float | None = None
         self.seen = self.told = 0
 
-    def computed(self, rows: int, seconds: float) -> None:
-        """All of this stage's windows took so long for a step of so many rows."""
+    def computed(self, rows: int, seconds: float, position: int = 0) -> None:
+        """All of this stage's windows took so long for a step of so many rows. position: of the
+        last. Long answers would make a processor seem slow to those who compare it with others."""
         self.seen += 1
-        if rows == 1:
+        if rows == 1 and position < POSITION_MAX:
             self._decode.append(seconds)
         elif rows >= PREFILL_ROWS:
             self._prefill.append(seconds / rows)

@@ -286,7 +286,7 @@ class Stage:
             x = np.empty((0, header.hidden), np.float32)
         onward = msgspec.structs.replace(header, window=index, faults=tuple(faults))
         if index > self.windows.mine[-1]:  # its last turn in this step
-            self.count(header)
+            self.count(header, batch)
         self.send(encode_frame(onward, pack_index(batch), x))
         self.windows.rest()
 
@@ -297,7 +297,7 @@ class Stage:
         began = time.monotonic()
         tokens = self.windows.sample(batch, logits, faults) if header.rows else ()
         self.computed_s += time.monotonic() - began
-        self.count(header)
+        self.count(header, batch)
         if self.head:
             self.returned = header.step
             self.head.take(schedule.Returned(header.step, tokens, tuple(faults)))
@@ -305,9 +305,9 @@ class Stage:
             self.send(encode_sampled(Sampled(self.plan.id, header.step, tokens, tuple(faults))))
         self.windows.rest()
 
-    def count(self, header: FrameHeader) -> None:
+    def count(self, header: FrameHeader, batch: Batch) -> None:
         """Steps, rows and seconds, for status and for planning."""
-        self.paces.computed(header.rows, self.computed_s)
+        self.paces.computed(header.rows, self.computed_s, int(batch.positions.max(initial=0)))
         self.computed_s = 0.0
         self.news = msgspec.structs.replace(
             self.news, steps=self.news.steps + 1, tokens=self.news.tokens + header.rows

@@ -31,6 +31,7 @@ PURE = {
     "peer.planning.ring_order", "peer.planning.baselines", "peer.planning.counts",
     "peer.planning.trust", "peer.planning.wishes", "peer.planning.reasons",
     "peer.planning.rollout_events", "peer.planning.correction", "peer.planning.abilities",
+    "peer.planning.patience",
     "peer.ring.paces",
     "peer.ring.scheduler", "peer.ring.generation",
     "peer.planning.trials",

@@ -53,3 +53,18 @@ def test_a_stage_that_stood_still_does_not_make_its_peer_absurd() -> None:
     after = corrected(MINE, PLAN, Timed(decode_s=1e6))
     assert after is not None
     assert after.speeds[0].correction == 100.0
+
+
+def test_what_a_stage_waits_for_its_disk_is_no_slowness_of_its_processor() -> None:
+    windows = (replace(PLAN.split.windows[0], streamed_bytes=1 << 20), PLAN.split.windows[1])
+    streams = replace(PLAN, split=replace(PLAN.split, windows=windows))
+    assert corrected(MINE, streams, Timed(decode_s=expected_s(MINE) * 3)) is None
+
+
+@pytest.mark.parametrize(("seen", "correction"), [(1.5, 1.0), (2.0, 1.0), (3.0, 1.5), (0.5, 0.5)])
+def test_what_a_control_group_withholds_is_not_counted_twice(
+    seen: float, correction: float
+) -> None:
+    half = replace(MINE, cpu_share=0.5)
+    after = corrected(half, PLAN, Timed(decode_s=expected_s(half) * seen)) or half
+    assert after.speeds[0].correction == pytest.approx(correction)

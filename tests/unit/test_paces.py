@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peer.ring.paces import PREFILL_ROWS, Paces
+from peer.ring.paces import POSITION_MAX, PREFILL_ROWS, Paces
 
 
 def test_medians_of_each_kind_of_step() -> None:
@@ -49,3 +49,10 @@ def test_a_summary_is_wanted_again_only_after_new_steps() -> None:
     assert paces.told != paces.seen
     paces.summary()
     assert paces.told == paces.seen
+
+
+def test_steps_late_in_a_long_answer_do_not_make_a_stage_slow() -> None:
+    paces = Paces()
+    for position in range(POSITION_MAX - 20, POSITION_MAX + 1000):
+        paces.computed(1, 0.001 if position < POSITION_MAX else 0.1, position)
+    assert paces.summary().decode_s == 0.001
