@@ -79,7 +79,7 @@ class Agent:
         self.serving = Serving(
             self.duty, self.entry, store, self._present_offers, self._waiting, spawn
         )
-        self.measuring = Measuring(config, self, profile)
+        self.measuring = Measuring(config, self, profile, lambda: self.supervisor.holds)
         self._stepped_at, self._steps = -QUIET_S, 0  # of this peer's stages
         self._questions: asyncio.Queue[Question] = asyncio.Queue()
         self._turns = Turns()

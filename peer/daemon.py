@@ -18,6 +18,8 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from peer import VERSION, notify, report
 from peer.agent import Agent
 from peer.api.server import Server
@@ -184,6 +186,7 @@ class Daemon:
             return
         if engines := await survey.engines(self.config):
             profile = await asyncio.to_thread(survey.profile, self.config, agent.me, engines)
+            profile = replace(profile, links=agent.profiles[agent.me].links)
             log.info("engines=%s", ",".join(engine.device for engine in engines))
             agent.introduce(profile)
             self._measuring.worked("engines")

@@ -1,4 +1,4 @@
-"""This peer's numbers: its speed with the models that are wanted, its disk, its links. A shell.
+"""This peer's numbers: its speed with the models that are wanted, its disk, links, memory. A shell.
 
 Measured when nothing else is computed here, in a process that is ended the moment an answer comes;
 kept from start to start; corrected by what the stages really take. What is found goes into the
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +32,8 @@ log = logging.getLogger("halka.measuring")
 T = TypeVar("T")
 
 LOOK_S = 0.25  # between looks whether something is to be measured, or an answer has come
+MEMORY_S = 15.0  # between looks at what is free
+MEMORY_NEWS = 0.1  # of change; less is not told
 AGAIN_S, AGAIN_MAX_S = 30.0, 3600.0  # after measuring failed
 
 
@@ -56,10 +58,18 @@ class Host(Protocol):
 
 
 class Measuring:
-    """Keeps the numbers of one peer's profile true."""
+    """Keeps the numbers of one peer's profile true. holds: whether a stage of this peer has memory:
+    what is free then is not what there is for stages."""
 
-    def __init__(self, config: Config, host: Host, profile: Profile) -> None:
-        self._config, self._host = config, host
+    def __init__(
+        self,
+        config: Config,
+        host: Host,
+        profile: Profile,
+        holds: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._config, self._host, self._holds = config, host, holds
+        self._memory_at = time.monotonic() + MEMORY_S  # the profile is new
         self.profile = profile
         self._speeds = Speeds(config.home)
         self._retries = Retries(AGAIN_S, AGAIN_MAX_S)
@@ -97,6 +107,9 @@ class Measuring:
             for shape in self._host.wanted():
                 if self.profile.engines and not self._known(shape):
                     await self._learn(shape)
+            if self.profile.speeds and not self._host.busy():
+                self.change(disk_read_bytes_per_s=await self._disk())
+            await self._look_at_memory()
             while self._corrections:
                 told, correction = self._corrections.popitem()
                 await asyncio.to_thread(self._speeds.correct, *told, correction)
@@ -134,19 +147,34 @@ class Measuring:
             "measured=%s seconds=%.1f kept=%s kinds=%s",
             shape.model, time.monotonic() - began, bool(kept), ",".join(s.kind for s in found),
         )  # fmt: skip
+        disk_read_bytes_per_s = await self._disk()
         others = [speed for speed in self.profile.speeds if speed.digest != shape.digest]
         self.change(
             speeds=(*others, *found)[-SPEEDS_MAX:],
             unmeasured=tuple(d for d in self.profile.unmeasured if d != shape.digest),
-            disk_read_bytes_per_s=await self._disk(),
+            disk_read_bytes_per_s=disk_read_bytes_per_s,
         )
 
     async def _disk(self) -> float:
-        """Its disk's speed, measured once, and only for engines whose weights fill memory."""
-        if self.profile.disk_read_bytes_per_s or self._config.backend == "fake":
-            return self.profile.disk_read_bytes_per_s
+        """Its disk's speed, measured once, and only for engines whose weights fill memory; 0 where
+        an answer came, or it failed: again later."""
+        known, now = self.profile.disk_read_bytes_per_s, time.monotonic()
+        if known or self._config.backend == "fake" or not self._retries.due("disk", now):
+            return known
         rate = await self._undisturbing(survey.disk_read_bytes_per_s(self._config.home))
+        if rate == 0.0:
+            self._retries.failed("disk", time.monotonic())
         return rate or 0.0
+
+    async def _look_at_memory(self) -> None:
+        """What is free for stages now, where none of them has some of it already."""
+        if time.monotonic() < self._memory_at or self._holds():
+            return
+        mine = self.profile
+        new = await asyncio.to_thread(survey.profile, self._config, mine.peer_id, mine.engines)
+        self._memory_at = time.monotonic() + MEMORY_S
+        if not self._holds() and any(map(_is_news, _free(mine), _free(new))):
+            self.change(memory_available_bytes=new.memory_available_bytes, engines=new.engines)
 
     async def _undisturbing(self, work: Coroutine[Any, Any, T]) -> T | None:
         """What the work finds; None where an answer came and ended it."""
@@ -161,3 +189,12 @@ class Measuring:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, BackendError):
                 await task
+
+
+def _free(profile: Profile) -> list[int]:
+    """Bytes, of the machine and of its processors."""
+    return [profile.memory_available_bytes, *(e.memory_free_bytes for e in profile.engines)]
+
+
+def _is_news(before: int, now: int) -> bool:
+    return abs(now - before) > MEMORY_NEWS * before

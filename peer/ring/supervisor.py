@@ -103,6 +103,11 @@ class Supervisor:
         """Process ids by plan."""
         return {plan: stage.process.pid for plan, stage in self._stages.items()}
 
+    @property
+    def holds(self) -> bool:
+        """Whether any stage, one that is ending among them, has memory of this machine."""
+        return bool(self._stages or self._ending)
+
     def stop(self, plan: PlanId) -> None:
         """Begin to end the plan's stage; `close` waits for it."""
         stage = self._stages.pop(plan, None)

@@ -159,3 +159,68 @@ async def test_links_and_corrections_become_part_of_the_profile(
         before = len(host.told)
         found.corrected(plan, Timed(decode_s=1.0))
         assert len(host.told) == before, "nothing new"
+
+
+async def test_a_disk_whose_measurement_an_answer_ended_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, tries = asyncio.Event(), 0
+
+    async def disk(home: Path) -> float:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            begun.set()
+            await asyncio.Event().wait()
+        return 1e9
+
+    monkeypatch.setattr(measuring.survey, "disk_read_bytes_per_s", disk)
+    monkeypatch.setattr(measuring.survey, "speeds", at_once)
+    monkeypatch.setattr(measuring, "LOOK_S", 0.01)
+    host = Double(tmp_path)
+    config = Config.fast_test(home=tmp_path, backend="llama_cpp")
+    found = Measuring(config, host, profile(A, unmeasured=()))
+    task = asyncio.create_task(found.run())
+    try:
+        await asyncio.wait_for(begun.wait(), 10)
+        host.computes = True
+        told = await host.tells()
+        assert (told.speeds != (), told.disk_read_bytes_per_s) == (True, 0.0)
+        host.computes = False
+        assert (await host.tells()).disk_read_bytes_per_s == 1e9
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_memory_that_became_free_is_told_where_no_stage_has_some_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, holds = asyncio.Event(), True
+    free = 1000
+
+    def now(config: Config, peer_id: str, engines: object) -> Profile:
+        looked.set()
+        return profile(peer_id, free)
+
+    monkeypatch.setattr(measuring.survey, "profile", now)
+    monkeypatch.setattr(measuring, "LOOK_S", 0.01)
+    monkeypatch.setattr(measuring, "MEMORY_S", 0.0)
+    monkeypatch.setattr(measuring.survey, "speeds", at_once)
+    host = Double(tmp_path)
+    mine = profile(A, 1000)
+    found = Measuring(Config.fast_test(home=tmp_path, backend="fake"), host, mine, lambda: holds)
+    task = asyncio.create_task(found.run())
+    try:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(looked.wait(), 0.1)
+        assert not looked.is_set(), "a stage has memory of its own"
+        holds = False
+        await asyncio.wait_for(looked.wait(), 10)
+        assert (await host.tells()).speeds == (SPEED,)
+        assert len(host.told) == 1, "no more memory than before is no news"
+        free = 2000
+        assert (await host.tells()).memory_available_bytes == 2000 << 20
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
