@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -29,6 +28,7 @@ from peer.words.state import (
 
 LOST_SHOWN_S = 600.0  # a peer that went away is shown so long
 REFUSED_SHOWN_S = 600.0
+SECONDS_MAX = 1e11  # of a forecast that can be told: the bound of `Seconds`
 
 
 def status(agent: Agent, started: float, http: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _forecast(agent: Agent, shown: PlanState) -> Forecast | None:
         return None
     known = [agent.profiles[p] for p in plan.ring if p in agent.profiles]
     found = making.as_it_runs(known, plan)
-    return found if found and math.isfinite(found.tpot_s + found.ttft_s) else None
+    return found if found and found.tpot_s + found.ttft_s <= SECONDS_MAX else None
 
 
 def _timed(agent: Agent, shown: PlanState) -> TimedRing:

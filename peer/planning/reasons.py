@@ -22,9 +22,9 @@ def chosen(of: Problem, ring: Ring, context_wanted: int) -> str:
         text = f"{len(ring.order)} peers share {shape.layers} layers"
         if ring.rounds > 1:
             text += f" in {ring.rounds} rounds"
-    text += f", a token in {seconds(forecast.tpot_s)} by what was measured"
+    text += f", a token in {seconds(forecast.tpot_s)} by the speeds that are known"
     if not all(peer.measured for peer in forecast.peers):
-        text = text.replace("by what was measured", "as far as is known without measuring")
+        text = text.replace("by the speeds that are known", "as far as is known without measuring")
     if streamed := sum(part.streamed_bytes for part in ring.parts):
         text += f"; {mib(streamed)} do not stay in memory and are read from disk for each token"
     if size.context < context_wanted:

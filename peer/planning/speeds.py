@@ -8,6 +8,7 @@ file is a convenience: what cannot be read is empty, what cannot be written is s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import msgspec
 from peer.config import Config
 from peer.errors import ModelError
 from peer.models.manifest import load
+from peer.planning import trust
 from peer.planning.hardware import machine
 from peer.planning.profile import EngineProfile, ModelShape, Speed
 from peer.planning.survey import threads
@@ -56,7 +58,7 @@ class Speeds:
         """
         key = self._key(config, shape, engines)
         entries = self._read()
-        if key not in entries:
+        if key not in entries or not _sound(entries[key], engines[0].backend):
             return None
         entries[key] = entries.pop(key)
         return tuple(msgspec.structs.replace(s, digest=shape.digest) for s in entries[key])
@@ -123,6 +125,12 @@ class Speeds:
         except OSError as error:
             log.warning("speeds=unsaved file=%s because=%s", self._path, error.strerror)
             temporary.unlink(missing_ok=True)
+
+
+def _sound(speeds: Sequence[Speed], backend: str) -> bool:
+    """Whether others would believe them: what they refuse would keep this peer out for good."""
+    faults = itertools.chain.from_iterable(map(trust.of_speed, speeds))
+    return bool(speeds) and {s.backend for s in speeds} == {backend} and not any(faults)
 
 
 def signature(shape: ModelShape, folder: Path) -> str:

@@ -57,7 +57,7 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     able, left_out = _able(profiles, wishes)
     if not able:
         raise NoPlan(
-            f"no peer here has an engine for {shape.model}: "
+            f"no peer here can run {shape.model}: "
             + ("; ".join(left.why for left in left_out) or "no profile has arrived yet")
         )
     search = _Search(able, shape, wishes)

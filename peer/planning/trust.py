@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from peer.planning.profile import Profile
+from peer.planning.profile import Profile, Speed
 
 MEMORY_BYTES_MAX = 1 << 50  # a pebibyte: no home has it
 BYTES_PER_S = (1.0, 1e13)  # of disks and links, where told: memory itself is slower than the most
@@ -45,16 +45,21 @@ def _faults(profile: Profile) -> Iterator[str]:
         if not 0 <= link.rtt_s <= RTT_S_MAX or not _rate(link.bytes_per_s):
             yield f"a link of {link.rtt_s:g} s and {link.bytes_per_s:g} bytes a second"
     for speed in profile.speeds:
-        if not speed.decode_s or not speed.prefill_s or not speed.prefill_tokens:
-            yield f"a speed of {speed.kind} without layers"
-        times = (*speed.decode_s, *speed.prefill_s)
-        if not all(DECODE_S[0] <= seconds <= DECODE_S[1] for seconds in times):
-            bad = next(s for s in times if not DECODE_S[0] <= s <= DECODE_S[1])
-            yield f"{bad:g} s for a layer on {speed.kind}"
-        if not all(0 <= s <= DECODE_S[1] for s in (speed.window_s, speed.output_s)):
-            yield f"{speed.window_s:g} s around a window on {speed.kind}"
-        if not CORRECTION[0] <= speed.correction <= CORRECTION[1] or math.isnan(speed.correction):
-            yield f"a correction of {speed.correction:g} on {speed.kind}"
+        yield from of_speed(speed)
+
+
+def of_speed(speed: Speed) -> Iterator[str]:
+    """What is wrong with what was measured of one model."""
+    if not speed.decode_s or not speed.prefill_s or not speed.prefill_tokens:
+        yield f"a speed of {speed.kind} without layers"
+    times = (*speed.decode_s, *speed.prefill_s)
+    if not all(DECODE_S[0] <= seconds <= DECODE_S[1] for seconds in times):
+        bad = next(s for s in times if not DECODE_S[0] <= s <= DECODE_S[1])
+        yield f"{bad:g} s for a layer on {speed.kind}"
+    if not all(0 <= s <= DECODE_S[1] for s in (speed.window_s, speed.output_s)):
+        yield f"{speed.window_s:g} s around a window on {speed.kind}"
+    if not CORRECTION[0] <= speed.correction <= CORRECTION[1] or math.isnan(speed.correction):
+        yield f"a correction of {speed.correction:g} on {speed.kind}"
 
 
 def _rate(bytes_per_s: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,32 @@ def test_a_file_that_cannot_be_read_is_an_empty_one(config: Config, data: bytes)
     assert kept.find(config, shape, ENGINES) is None
     kept.keep(config, shape, ENGINES, [measured(shape)])
     assert Speeds(config.home).find(config, shape, ENGINES)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"decode_s": [1e10]},
+        {"decode_s": []},
+        {"prefill_tokens": 0},
+        {"correction": 0.0},
+        {"correction": 1e6},
+        {"backend": "another"},
+    ],
+)
+def test_a_speed_that_others_would_refuse_is_measured_again(
+    config: Config, wrong: dict[str, object]
+) -> None:
+    shape = model(config)
+    Speeds(config.home).keep(config, shape, ENGINES, [measured(shape)])
+    path = config.home / "speeds.json"
+    told = json.loads(path.read_bytes())
+    told["entries"][0]["speeds"][0].update(wrong)
+    path.write_text(json.dumps(told))
+    kept = Speeds(config.home)
+    assert kept.find(config, shape, ENGINES) is None
+    kept.keep(config, shape, ENGINES, [measured(shape)])
+    assert Speeds(config.home).find(config, shape, ENGINES) == (measured(shape),)
 
 
 def test_a_place_that_cannot_be_written_is_no_error(
