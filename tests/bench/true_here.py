@@ -25,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 
+from backends.llama_cpp.library import library
 from peer.models.imports import import_gguf
 from peer.models.store import Store
 from peer.planning import costs
@@ -186,6 +187,7 @@ def main() -> int:
     parser.add_argument("--profiles", type=Path, help="a folder for the profiles of each cluster")
     given = parser.parse_args()
     chosen = [int(n) for n in given.clusters.split(",") if n] or range(1, len(CLUSTERS) + 1)
+    library()  # libllama's many words go to its journal
     with PlainLlama(smollm2(), cells=CELLS, batch=64) as given.whole:
         given.prompt = given.whole.tokenise(TEXT)
         machine = f"{date.today()} {platform.machine()} {os.cpu_count()} cores"  # noqa: DTZ011
