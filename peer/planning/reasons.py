@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from peer.planning import coarse, costs, halda
 from peer.planning.costs import Able, Problem, Size
 from peer.planning.halda import Ring, Wanted
@@ -11,6 +13,15 @@ from peer.planning.profile import ModelShape, Profile
 from peer.planning.wishes import Wishes
 
 _FORCED_MAX = 6  # peers of a ring for which it is reckoned out what one more would do
+
+
+def told_apart(profiles: Sequence[Profile]) -> list[Profile]:
+    """Two machines of one name get the beginnings of their peer ids after it, as on the screen."""
+    names = [profile.name for profile in profiles]
+    return [
+        replace(p, name=f"{p.name[:9]} {p.peer_id[:4]}") if names.count(p.name) > 1 else p
+        for p in profiles
+    ]
 
 
 def chosen(of: Problem, ring: Ring, context_wanted: int) -> str:

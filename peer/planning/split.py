@@ -54,7 +54,7 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     wishes = wishes or Wishes()
     if why := unusable(shape):
         raise NoPlan(why)
-    able, left_out = _able(profiles, wishes)
+    able, left_out = _able(reasons.told_apart(profiles), wishes)
     if not able:
         raise NoPlan(
             f"no peer here can run {shape.model}: "

@@ -147,6 +147,8 @@ def _options(args: Namespace) -> dict[str, Any]:
 
 def _model(agent: Agent) -> str:
     model = agent.status().model
+    if not model.id and model.why and not model.why.startswith("no model yet"):
+        raise CommandError(f"nothing is served now: {model.why}", "halka status --watch", 4)
     if not model.id:
         raise CommandError("the cluster has no model yet", "get one: halka pull smollm2", 4)
     return model.id

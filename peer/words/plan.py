@@ -64,8 +64,10 @@ def command(args: Namespace) -> int:
 def none(status: Status, screen: Screen) -> list[str]:
     """Why there is no plan, and what mends that."""
     model = status.model
-    if not model.id:
+    if not model.id and (not model.why or model.why.startswith("no model yet")):
         return ["There is no plan: the cluster has no model yet.", "Get one: halka pull smollm2"]
+    if not model.id:  # one was lost, or is not made yet
+        return [*screen.wrap(f"There is no plan now: {model.why}", ""), "See: halka status --watch"]
     why = model.why or "the peers are still finding each other"
     return [*screen.wrap(f"There is no plan for {model.id}: {why}", ""), "See: halka status"]
 
@@ -88,7 +90,7 @@ def lines(plan: Plan, shown: Shown, status: Status, screen: Screen) -> list[str]
         f"  made by {screen.clean(seen.name(plan.coordinator))}",
     ]
     if plan.split.why:
-        out += screen.wrap(plan.split.why, "  ")
+        out += screen.wrap(f"when it was made: {plan.split.why}", "  ")
     return [*out, *body(seen, screen)]
 
 

@@ -315,6 +315,12 @@ def test_the_fastest_peer_runs_all_and_the_others_are_told_what_they_would_cost(
     )
 
 
+def test_two_machines_of_one_name_are_told_apart_in_every_reason() -> None:
+    split = solve([speedy("a", 2e-3, name="vm"), speedy("b", 1e-3, name="vm")], shape())
+    assert split.why.startswith("vm bbbb runs all")
+    assert split.left_out[0].why.startswith("with vm aaaa a token")
+
+
 def test_where_everyone_is_to_take_part_the_slow_get_fewer_layers() -> None:
     split = solve([speedy("a", 3e-3), speedy("b", 1e-3)], shape(12), Wishes(spread_all=True))
     layers = {w.peer_id[0]: w.last - w.first for w in split.windows}

@@ -99,6 +99,25 @@ def test_a_measured_ttft_is_told_once_every_stage_has_said_what_a_row_takes(
     assert "predicted 6.3 s, by what the stages took 6.7 s for a prompt" in shown
 
 
+def test_a_plan_that_was_lost_is_not_called_a_model_that_was_never_pulled(
+    agent: AgentDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = "attic was lost; planning again"
+    agent.answers["/halka/plan"] = None
+    agent.answers["/halka/status"] = a_status(model={"why": lost})
+    assert cli.main(["plan"]) == 4
+    shown = capsys.readouterr().out
+    assert f"There is no plan now: {lost}" in shown
+    assert "pull" not in shown
+    assert cli.main(["chat", "hello"]) == 4
+    shown = capsys.readouterr().err
+    assert lost in shown
+    assert "pull" not in shown
+    agent.answers["/halka/status"] = a_status(model={"why": "no model yet: halka pull smollm2"})
+    assert cli.main(["plan"]) == 4
+    assert "Get one: halka pull smollm2" in capsys.readouterr().out
+
+
 def test_a_plan_of_an_older_agent_is_shown_without_a_forecast(
     agent: AgentDouble, capsys: pytest.CaptureFixture[str]
 ) -> None:
