@@ -130,7 +130,7 @@ def test_a_full_disk_is_named_planned_around_and_mended(small_disk: Path, house:
     roomy = house.agents[0]
     full = house.add(small_disk / "home")
     model = fake_models.write(
-        house.folder / "big.gguf", end_every=0, layer_bytes=512 << 10, name="big"
+        house.folder / "big.gguf", end_every=0, layer_bytes=1 << 20, name="big"
     )
     assert roomy.word("pull", str(model)).returncode == 0
     house.start()
