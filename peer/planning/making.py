@@ -183,12 +183,15 @@ def _gain(question: Question, now: Plan, made: Plan) -> str:
         return trust.fault(wrong)
     if any(profile.spread_all for profile in profiles) and set(made.ring) > set(now.ring):
         return "every peer takes part"
+    mine = question.members.profiles.get(question.me)
+    wanted = min(mine.context_wanted if mine else 0, now.shape.context or math.inf)
+    if wanted and made.split.context == wanted != now.split.context:
+        return f"{wanted} tokens of context, as is set"
     before, after = as_it_runs(profiles, now), costs.forecast(profiles, made.shape, made.split)
     if before is None:
         return "the plan of now does not fit any more"
     if after is None:
         return ""
-    mine = question.members.profiles.get(question.me)
     old_s, new_s = (_cost_s(f, mine.objective if mine else "latency") for f in (before, after))
     if new_s <= old_s * (1 - WORTH):
         return f"a token in {new_s * 1e3:.3g} ms instead of {old_s * 1e3:.3g} ms"

@@ -116,6 +116,18 @@ def test_room_for_twice_the_context_is_worth_a_change() -> None:
     assert more.plan.split.context == 4096
 
 
+def test_a_context_that_is_set_counts_though_it_is_less_or_hardly_more() -> None:
+    now = planned(ask(fast(A, 1e-3, context_wanted=300)))
+    for wanted, context in ((200, 200), (400, 400), (10_000, MODEL.context)):
+        other = answer(ask(fast(A, 1e-3, context_wanted=wanted), current=(now,)))
+        assert other.plan is not None
+        assert other.plan.split.context == context
+        assert not other.kept
+        again = ask(fast(A, 1e-3, context_wanted=wanted), current=(other.plan,))
+        assert answer(again).kept
+    assert answer(ask(fast(A, 1e-3), current=(now,))).kept, "nothing is set"
+
+
 def test_a_model_that_fits_nowhere_says_what_is_missing_and_the_next_one_is_served() -> None:
     huge = replace(shape("huge", "1"), layer_bytes=(1 << 33,) * 12)
     question = dataclasses.replace(ask(fast(A, 1e-3)), shapes=(huge, MODEL))
