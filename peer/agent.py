@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from peer.clockwork import Alarm, Turns
+from peer.clockwork import Alarm, Lull, Turns
 from peer.cluster.driver import Cluster
 from peer.cluster.identity import Identity
 from peer.config import Config
@@ -46,7 +46,8 @@ from peer.serving import Serving, Spawn
 
 log = logging.getLogger("halka.agent")
 
-QUIET_S = 1.5  # after a stage's last step, before anything is measured; > the time between its news
+# After a stage's last step, before anything is measured: more than the time between its news.
+QUIET_S, QUIET_MAX_S = 1.5, 30.0
 
 
 class Agent:
@@ -80,7 +81,7 @@ class Agent:
             self.duty, self.entry, store, self._present_offers, self._waiting, spawn
         )
         self.measuring = Measuring(config, self, profile, lambda: self.supervisor.holds)
-        self._stepped_at, self._steps = -QUIET_S, 0  # of this peer's stages
+        self._steps, self._stepping = 0, Lull(QUIET_S, QUIET_MAX_S)  # of this peer's stages
         self._questions: asyncio.Queue[Question] = asyncio.Queue()
         self._turns = Turns()
         self._duty_alarm = Alarm(lambda: self._duty(d.Tick()))
@@ -144,11 +145,11 @@ class Agent:
     def busy(self) -> bool:
         """Whether this peer computes or loads, or serves an answer: nothing is measured then."""
         loads = any(
-            part.mine and not part.dead and part.report.phase in ("fetching", "loading")
+            part.report.phase in ("fetching", "loading") or part.report.active
             for part in self.duty.parts.values()
+            if part.mine and not part.dead
         )
-        stepped = time.monotonic() - self._stepped_at < QUIET_S
-        return loads or stepped or self.entry.running > 0
+        return loads or not self._stepping.is_over(time.monotonic()) or self.entry.running > 0
 
     def linked(self, link: Link) -> None:
         """A link was measured."""
@@ -158,8 +159,7 @@ class Agent:
         """The models whose speeds the coordinator wants, or will."""
         digests = set(self.heard.measure) if self.heard else set()
         offered = {offer.shape.digest: offer.shape for offer in self._present_offers()}
-        mine = self.rollout.wanted
-        wanted = {mine.digest: mine} if mine else {}
+        wanted = {mine.digest: mine for mine in [self.rollout.wanted] if mine}
         return [*(wanted | {d: s for d, s in offered.items() if d in digests}).values()]
 
     def _waiting(self) -> str:
@@ -370,7 +370,8 @@ class Agent:
 
     def _stage_told(self, plan: PlanId, news: StageNews) -> None:
         if news.steps != self._steps:
-            self._steps, self._stepped_at = news.steps, time.monotonic()
+            self._steps = news.steps
+            self._stepping.goes_on(time.monotonic())
         self._duty(d.Told(plan, news))
         part = self.duty.parts.get(plan)
         if news.timed and part and not part.dead:

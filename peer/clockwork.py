@@ -5,6 +5,7 @@ when to try again what failed.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -81,3 +82,21 @@ class Retries:
     def worked(self, name: str) -> None:
         """It was tried, and it worked."""
         self._failed.pop(name, None)
+
+
+class Lull:
+    """Whether something that comes again and again has come to rest: after twice the time that lay
+    between its last two times, but least_s at least and most_s at most."""
+
+    def __init__(self, least_s: float, most_s: float) -> None:
+        self._least_s, self._most_s = least_s, most_s
+        self._last, self._over = -math.inf, -math.inf
+
+    def goes_on(self, now: float) -> None:
+        """It came."""
+        wait_s = min(max(self._least_s, 2 * (now - self._last)), self._most_s)
+        self._last, self._over = now, now + wait_s
+
+    def is_over(self, now: float) -> bool:
+        """Whether nothing is to be expected any more."""
+        return now >= self._over
