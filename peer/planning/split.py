@@ -60,6 +60,10 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
             f"no peer here can run {shape.model}: "
             + ("; ".join(left.why for left in left_out) or "no profile has arrived yet")
         )
+    here = {profile.peer_id for profile in able}
+    if lost := min(wishes.pinned.keys() - here, default=""):
+        why = next((left.why for left in left_out if left.peer_id == lost), "it is not here")
+        raise NoPlan(f"peer {lost} cannot have the window that is asked for: {why}")
     search = _Search(able, shape, wishes)
     found = search.best()
     if found is None:
