@@ -212,8 +212,10 @@ def _make_readable(folder: Path, manifest: Manifest, part: PartEntry) -> None:
 
 def contradiction(manifest: Manifest, shape: ModelShape) -> str:
     """In what a shape that somebody told of is not that of the model itself, or ""."""
-    stated = _stated(manifest).items()
-    return next((name for name, value in stated if getattr(shape, name) != value), "")
+    stated = _stated(manifest)
+    if shape.layer_kinds:  # earlier releases tell none
+        stated["layer_kinds"] = layer_kinds(manifest)
+    return next((name for name, value in stated.items() if getattr(shape, name) != value), "")
 
 
 def _stated(manifest: Manifest) -> dict[str, Any]:

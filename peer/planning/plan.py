@@ -146,7 +146,7 @@ def check(plan: Plan) -> str:
     split, shape = plan.split, plan.shape
     if not split.windows:
         return "it has no windows"
-    if len(shape.layer_bytes) != shape.layers or len(shape.layer_kv_bytes) != shape.layers:
+    if not shape.sound:
         return "its model's shape contradicts itself"
     reached = 0
     for window in split.windows:

@@ -165,6 +165,14 @@ class ModelShape(Value, frozen=True):
         """The kind of each layer."""
         return self.layer_kinds or (0,) * self.layers
 
+    @property
+    def sound(self) -> bool:
+        """Whether all that it tells of layers is told of each, and none is read more than whole."""
+        told = (self.layer_bytes, self.layer_kv_bytes, self.active_bytes, self.kinds)
+        return all(len(each) == self.layers for each in told) and all(
+            read <= whole for read, whole in zip(self.active_bytes, self.layer_bytes, strict=True)
+        )
+
     def refusal(self, first: int, last: int) -> str:
         """Why the window [first, last) is forbidden, or "" when it is allowed."""
         if not 0 <= first < last <= self.layers:

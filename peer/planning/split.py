@@ -90,9 +90,7 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
 
 def unusable(shape: ModelShape) -> str:
     """Why no plan can be made of a shape, whatever peers there are, or ""."""
-    told = {len(shape.layer_bytes), len(shape.layer_kv_bytes)}
-    told |= {len(shape.active_bytes), len(shape.kinds)}
-    if not shape.layers or told != {shape.layers}:
+    if not shape.layers or not shape.sound:
         return f"the header of {shape.model} contradicts itself: remove it and pull it again"
     least = min(shape.context or CONTEXT_LEAST, CONTEXT_LEAST)
     if _whole_bytes(shape, _size(least)) > BYTES_MAX:

@@ -41,7 +41,9 @@ import msgspec
 
 from peer.errors import CommandError
 from peer.planning import trust
+from peer.planning.plan import check
 from peer.planning.profile import PEERS_MAX, EngineProfile, Profile
+from peer.planning.split import unusable
 from peer.words import cables
 from peer.words.basis import Basis
 from peer.words.cables import Cable
@@ -112,7 +114,15 @@ def _from_json(data: bytes) -> Source:
         raise _Wrong(str(error)) from None
     if not listed or len({profile.peer_id for profile in basis.profiles}) != len(listed):
         raise _Wrong("a peer is there twice" if listed else "it has no profiles")
+    known = [model.shape for model in basis.models] + ([basis.shape] if basis.shape else [])
+    if wrong := next(filter(None, map(unusable, known)), "") or _not_a_plan(basis):
+        raise _Wrong(f"{wrong}; write it again with: halka plan --save home.json")
     return Source(basis)
+
+
+def _not_a_plan(basis: Basis) -> str:
+    wrong = check(basis.plan) if basis.plan else ""
+    return f"its plan cannot be: {wrong}" if wrong else ""
 
 
 # TOML ------------------------------------------------------------------------------------------

@@ -81,6 +81,19 @@ def test_a_shape_with_too_few_layers_of_facts_is_wrong() -> None:
     assert "contradicts itself" in check(plan_of((A, 0, 12), shape=short))
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"layer_kinds": (0,) * 13},
+        {"layer_active_bytes": (0,) * 11},
+        {"layer_active_bytes": (1 << 60,) * 12},
+    ],
+)
+def test_a_shape_that_tells_of_other_layers_than_it_has_is_wrong(lie: dict[str, object]) -> None:
+    told = msgspec.structs.replace(SHAPE, **lie)
+    assert "contradicts itself" in check(plan_of((A, 0, 12), shape=told))
+
+
 def test_a_ring_has_a_head_a_tail_and_goes_round() -> None:
     assert (GOOD.head, GOOD.tail, GOOD.ring) == (A, C, (A, B, C))
     assert [GOOD.after(peer) for peer in (A, B, C)] == [B, C, A]

@@ -206,6 +206,15 @@ def test_a_saved_profile_that_says_nonsense_is_refused_by_name(
     assert raised.value.exit_code == 2
 
 
+@pytest.mark.parametrize("field", ["shape", "plan", "models"])
+def test_a_saved_model_that_contradicts_itself_is_refused(written: Written, field: str) -> None:
+    saved = told(home(), running())
+    each = saved[field][0] if field == "models" else saved[field]
+    (each if field == "shape" else each["shape"])["layer_kinds"] = [0, 1]
+    with pytest.raises(CommandError, match="contradicts itself"):
+        read(written(json.dumps(saved), "home.json"))
+
+
 def test_a_zero_speed_in_a_saved_profile_is_refused(written: Written) -> None:
     speeds = [msgspec.to_builtins(home()[1].speeds[0]) | {"decode_s": [0.0]}]
     with pytest.raises(CommandError, match="attic is refused: 0 s for a layer on cpu"):
