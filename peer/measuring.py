@@ -21,7 +21,7 @@ from peer.clockwork import Retries
 from peer.config import Config
 from peer.errors import BackendError, ModelError, PeerError
 from peer.planning import survey
-from peer.planning.correction import corrected
+from peer.planning.correction import corrected, faded
 from peer.planning.plan import Plan
 from peer.planning.profile import PEERS_MAX, SPEEDS_MAX, Link, ModelShape, Profile
 from peer.planning.speeds import Speeds
@@ -34,6 +34,7 @@ T = TypeVar("T")
 LOOK_S = 0.25  # between looks whether something is to be measured, or an answer has come
 MEMORY_S = 15.0  # between looks at what is free
 MEMORY_NEWS = 0.1  # of change; less is not told
+FADE_S, FADE_MAX_S = 600.0, 86400.0  # without a stage, until a correction is doubted a little
 AGAIN_S, AGAIN_MAX_S = 30.0, 3600.0  # after measuring failed
 
 
@@ -74,6 +75,8 @@ class Measuring:
         self._speeds = Speeds(config.home)
         self._retries = Retries(AGAIN_S, AGAIN_MAX_S)
         self._corrections: dict[tuple[str, str, str], float] = {}  # not written yet
+        self._fade_s, self._fade_at = FADE_S, time.monotonic() + FADE_S
+        self._faded = False  # since a stage last told what its steps take
 
     def change(self, **changes: object) -> None:
         """Put something new into the profile and tell it."""
@@ -91,6 +94,8 @@ class Measuring:
         """The stage of this peer told what its steps take."""
         if (found := corrected(self.profile, plan, timed)) is None:
             return
+        if self._faded:  # and should not have: wait longer before the next doubt
+            self._fade_s, self._faded = min(2 * self._fade_s, FADE_MAX_S), False
         self.change(speeds=found.speeds)
         for speed in found.speeds:
             if speed.digest == plan.shape.digest:
@@ -110,6 +115,7 @@ class Measuring:
             if self.profile.speeds and not self._host.busy():
                 self.change(disk_read_bytes_per_s=await self._disk())
             await self._look_at_memory()
+            self._fade(time.monotonic())
             while self._corrections:
                 told, correction = self._corrections.popitem()
                 await asyncio.to_thread(self._speeds.correct, *told, correction)
@@ -165,6 +171,17 @@ class Measuring:
         if rate == 0.0:
             self._retries.failed("disk", time.monotonic())
         return rate or 0.0
+
+    def _fade(self, now: float) -> None:
+        """Doubt corrections that no stage can confirm any more: else a peer that was busy once
+        would be left out for ever."""
+        if self._holds():
+            self._fade_at = now + self._fade_s
+        elif now >= self._fade_at:
+            self._fade_at = now + self._fade_s
+            if (found := faded(self.profile)) is not None:
+                self._faded = True
+                self.change(speeds=found.speeds)
 
     async def _look_at_memory(self) -> None:
         """What is free for stages now, where none of them has some of it already."""

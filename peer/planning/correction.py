@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from msgspec.structs import replace
 
 from peer.planning import costs
@@ -11,7 +13,7 @@ from peer.planning.profile import Profile
 from peer.planning.trust import CORRECTION
 from peer.protocol import Timed
 
-TELL = 1.1  # a factor by which a correction has to change before anybody is told
+TELL = 1.07  # a factor that is told: two peers apart by it each way are not a plan apart
 
 
 def corrected(profile: Profile, plan: Plan, timed: Timed) -> Profile | None:
@@ -43,6 +45,16 @@ def corrected(profile: Profile, plan: Plan, timed: Timed) -> Profile | None:
         replace(s, correction=min(high, max(low, (s.correction or 1.0) * factor)))
         if (s.digest, s.backend) == (shape.digest, backend)
         else s
+        for s in profile.speeds
+    )
+    return replace(profile, speeds=speeds) if speeds != profile.speeds else None
+
+
+def faded(profile: Profile) -> Profile | None:
+    """The profile of a peer that has had no stage for a while: what held its stages up then, a game
+    perhaps, may be over. None: there is nothing to fade."""
+    speeds = tuple(
+        replace(s, correction=1.0 if 1 / TELL < s.correction < TELL else math.sqrt(s.correction))
         for s in profile.speeds
     )
     return replace(profile, speeds=speeds) if speeds != profile.speeds else None

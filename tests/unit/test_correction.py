@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from peer.planning import costs
-from peer.planning.correction import corrected
+from peer.planning.correction import corrected, faded
 from peer.planning.plan import Plan, PlanId, PlanWindow, Split
 from peer.planning.profile import Profile, Speed
 from peer.protocol import Timed
@@ -68,3 +68,12 @@ def test_what_a_control_group_withholds_is_not_counted_twice(
     half = replace(MINE, cpu_share=0.5)
     after = corrected(half, PLAN, Timed(decode_s=expected_s(half) * seen)) or half
     assert after.speeds[0].correction == pytest.approx(correction)
+
+
+def test_what_held_a_stage_up_once_is_forgotten_step_by_step() -> None:
+    busy: Profile | None = profile(A, speeds=(replace(SPEED, correction=2.0),))
+    seen = []
+    while busy is not None:
+        seen.append(round(busy.speeds[0].correction, 2))
+        busy = faded(busy)
+    assert seen == [2.0, 1.41, 1.19, 1.09, 1.04, 1.0]

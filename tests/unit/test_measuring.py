@@ -224,3 +224,28 @@ async def test_memory_that_became_free_is_told_where_no_stage_has_some_of_it(
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_correction_fades_while_there_is_no_stage_and_slower_after_each_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = False
+    host = Double(tmp_path)
+    slow = profile(A, speeds=(replace(SPEED, correction=4.0),))
+    config = Config.fast_test(home=tmp_path, backend="fake")
+    found = Measuring(config, host, slow, lambda: held)
+    start = found._fade_at
+    found._fade(start - 1)
+    assert host.told == []
+    held = True
+    found._fade(start + 1)
+    assert host.told == [], "a stage tells what is true"
+    held = False
+    found._fade(start + 1 + measuring.FADE_S)
+    assert found.profile.speeds[0].correction == 2.0
+    split = Split((PlanWindow(A, 0, 12, "fake"),), 512, 512, 8, 512)
+    found.corrected(Plan(PlanId(1, 1), A, MODEL, split), Timed(decode_s=1.0))
+    again = found._fade_at
+    held = True
+    found._fade(again)
+    assert found._fade_at == again + 2 * measuring.FADE_S
