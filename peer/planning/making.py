@@ -192,9 +192,11 @@ def _gain(question: Question, now: Plan, made: Plan) -> str:
         return "the plan of now does not fit any more"
     if after is None:
         return ""
-    old_s, new_s = (_cost_s(f, mine.objective if mine else "latency") for f in (before, after))
+    objective = mine.objective if mine else "latency"
+    old_s, new_s = (_cost_s(f, objective) for f in (before, after))
     if new_s <= old_s * (1 - WORTH):
-        return f"a token in {new_s * 1e3:.3g} ms instead of {old_s * 1e3:.3g} ms"
+        what = "a token of many answers" if objective == "throughput" else "a token"
+        return f"{what} in {new_s * 1e3:.3g} ms instead of {old_s * 1e3:.3g} ms"
     if made.split.context >= 2 * now.split.context and new_s <= old_s * (1 + WORTH):
         return f"room for {made.split.context} tokens of context"
     return ""
