@@ -61,7 +61,12 @@ def test_a_cluster_tells_what_it_plans_with_and_what_a_token_took_and_is_asked_w
 
     def told() -> list[float]:
         timed = [planned(agent)["timed"] for agent in house.agents]
-        return [p["decode_s"] for each in timed for p in each["peers"].values() if p["decode_s"]]
+        return [
+            p["decode_s"]
+            for each in timed
+            for p in each.get("peers", {}).values()
+            if p.get("decode_s")
+        ]
 
     until(told, START_S, "a stage says what its steps took")
     shown = "".join(agent.word("plan").stdout for agent in house.agents)
