@@ -34,6 +34,7 @@ T = TypeVar("T")
 LOOK_S = 0.25  # between looks whether something is to be measured, or an answer has come
 MEMORY_S = 15.0  # between looks at what is free
 MEMORY_NEWS = 0.1  # of change; less is not told
+CONFIRM_S = 20.0  # for which steps must take another time than told before that is believed
 FADE_S, FADE_MAX_S = 600.0, 86400.0  # without a stage, until a correction is doubted a little
 AGAIN_S, AGAIN_MAX_S = 30.0, 3600.0  # after measuring failed
 
@@ -75,6 +76,7 @@ class Measuring:
         self._speeds = Speeds(config.home)
         self._retries = Retries(AGAIN_S, AGAIN_MAX_S)
         self._corrections: dict[tuple[str, str, str], float] = {}  # not written yet
+        self._odd_since: float | None = None  # steps have not taken what they should
         self._fade_s, self._fade_at = FADE_S, time.monotonic() + FADE_S
         self._faded = False  # since a stage last told what its steps take
 
@@ -92,8 +94,14 @@ class Measuring:
 
     def corrected(self, plan: Plan, timed: Timed) -> None:
         """The stage of this peer told what its steps take."""
-        if (found := corrected(self.profile, plan, timed)) is None:
+        found, now = corrected(self.profile, plan, timed), time.monotonic()
+        if found is None:
+            self._odd_since = None
             return
+        self._odd_since = now if self._odd_since is None else self._odd_since
+        if now < self._odd_since + CONFIRM_S:
+            return  # a moment's other work is no reason to move a model
+        self._odd_since = None
         if self._faded:  # and should not have: wait longer before the next doubt
             self._fade_s, self._faded = min(2 * self._fade_s, FADE_MAX_S), False
         self.change(speeds=found.speeds)

@@ -82,6 +82,8 @@ def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wish
     compute, logits = of.compute_bytes, of.logits_bytes
     whole = shape.window_bytes(0, shape.layers) + compute + logits
     whole += size.kv_cells * sum(shape.layer_kv_bytes)
+    if wishes.rounds and shape.layers % wishes.rounds:
+        return f"{wishes.rounds} rounds do not divide the {shape.layers} layers of {shape.model}"
     if wishes.pinned or wishes.rounds:
         return (
             f"{shape.model} fits into no ring with the windows or rounds that are asked for: leave "

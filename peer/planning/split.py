@@ -25,6 +25,7 @@ CONTEXT_DEFAULT = 32768  # tokens; a longer context is taken only when it is ask
 CONTEXT_GOOD = 8192  # tokens; so much is not given up for speed
 CONTEXT_LEAST = 512  # tokens; with less there is no use in answering
 CONTEXT_WORTH = 1.1  # a longer context may take so many times as long a token
+TOKEN_S_MAX = 600.0  # a token in ten minutes answers nobody
 PEER_WORTH = 1.05  # and one peer fewer: each is a hop, and a machine that may be switched off
 _FEWER_MAX = 4  # peers of a ring for which fewer are tried
 BYTES_MAX = 1 << 60  # the bound of `Bytes`: no sum beyond it can be told to a peer
@@ -68,6 +69,11 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     found = search.best()
     if found is None:
         raise NoPlan(reasons.missing(able, shape, search.smallest, wishes))
+    if (token_s := found.ring.forecast.tpot_s) > TOKEN_S_MAX:
+        raise NoPlan(
+            f"a token of {shape.model} would take {reasons.seconds(token_s)} here: start a faster "
+            "peer, or pull a smaller model"
+        )
     of = _with_more_cells(found)
     windows = _windows(of, found.ring)
     busy = {window.peer_id for window in windows}

@@ -18,6 +18,7 @@ RTT_S_MAX = 60.0
 DECODE_S = (1e-9, 1e4)  # of a layer for a token: between what no processor does and no user awaits
 CORRECTION = (0.01, 100.0)
 THREADS_MAX = 4096
+CPU_SHARE_LEAST = 0.001  # a millisecond of each second
 
 
 def fault(profile: Profile) -> str:
@@ -35,7 +36,7 @@ def _faults(profile: Profile) -> Iterator[str]:
     for engine in profile.engines:
         if not 0 <= engine.memory_free_bytes <= MEMORY_BYTES_MAX:
             yield f"{engine.memory_free_bytes} bytes of memory on {engine.device}"
-    if not 0 < profile.cpu_share <= 1:
+    if not CPU_SHARE_LEAST <= profile.cpu_share <= 1:
         yield f"{profile.cpu_share} as its share of the processor"
     if not 0 <= profile.threads <= THREADS_MAX:
         yield f"{profile.threads} threads"

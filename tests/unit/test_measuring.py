@@ -60,6 +60,7 @@ async def running(
 ) -> AsyncIterator[tuple[Double, Measuring]]:
     monkeypatch.setattr(measuring.survey, "speeds", measure)
     monkeypatch.setattr(measuring, "LOOK_S", 0.01)
+    monkeypatch.setattr(measuring, "CONFIRM_S", 0.0)
     host = Double(tmp_path)
     config = Config.fast_test(home=tmp_path, backend="fake")
     found = Measuring(config, host, profile(A, unmeasured=()))
@@ -177,6 +178,7 @@ async def test_a_disk_whose_measurement_an_answer_ended_is_measured_again(
     monkeypatch.setattr(measuring.survey, "disk_read_bytes_per_s", disk)
     monkeypatch.setattr(measuring.survey, "speeds", at_once)
     monkeypatch.setattr(measuring, "LOOK_S", 0.01)
+    monkeypatch.setattr(measuring, "CONFIRM_S", 0.0)
     host = Double(tmp_path)
     config = Config.fast_test(home=tmp_path, backend="llama_cpp")
     found = Measuring(config, host, profile(A, unmeasured=()))
@@ -230,6 +232,7 @@ async def test_a_correction_fades_while_there_is_no_stage_and_slower_after_each_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = False
+    monkeypatch.setattr(measuring, "CONFIRM_S", 0.0)
     host = Double(tmp_path)
     slow = profile(A, speeds=(replace(SPEED, correction=4.0),))
     config = Config.fast_test(home=tmp_path, backend="fake")
@@ -249,3 +252,24 @@ async def test_a_correction_fades_while_there_is_no_stage_and_slower_after_each_
     held = True
     found._fade(again)
     assert found._fade_at == again + 2 * measuring.FADE_S
+
+
+async def test_a_moment_of_other_work_is_no_reason_for_a_correction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now)
+    host = Double(tmp_path)
+    found = Measuring(
+        Config.fast_test(home=tmp_path, backend="fake"), host, profile(A, speeds=(SPEED,))
+    )
+    split = Split((PlanWindow(A, 0, 12, "fake"),), 512, 512, 8, 512)
+    plan = Plan(PlanId(1, 1), A, MODEL, split)
+    right = Timed(decode_s=12e-3)
+    for at, timed in ((0, 1.0), (10, 1.0), (15, right.decode_s), (20, 1.0), (35, 1.0)):
+        now = 1000.0 + at
+        found.corrected(plan, Timed(decode_s=timed))
+        assert host.told == []
+    now = 1000.0 + 20 + measuring.CONFIRM_S
+    found.corrected(plan, Timed(decode_s=1.0))
+    assert host.told[-1].speeds[0].correction > 10

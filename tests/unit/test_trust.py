@@ -27,6 +27,7 @@ BAD = {
     "absurd GPU": profile(A, engines=(EngineProfile("fake", "G", "cuda", 1 << 59),)),
     "negative GPU": profile(A, engines=(EngineProfile("fake", "G", "cuda", -5),)),
     "no processor time": profile(A, cpu_share=0.0),
+    "next to no processor time": profile(A, cpu_share=1e-9),
     "not a share": profile(A, cpu_share=NAN),
     "negative threads": profile(A, threads=-1),
     "not a disk": profile(A, disk_read_bytes_per_s=NAN),
