@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.netns.world import Machine, members, world
 
-FAKE = {"backend": "fake"}
+FAKE = {"backend": "fake", "spread": "all"}
 PORT = 42553
 ALONE_S = 4.0  # by then mDNS would have been heard, if the switch had passed it on
 

@@ -19,7 +19,7 @@ from tests.netns.stream import Stream
 from tests.netns.world import Machine, World, agreement, members, world
 
 NAMES = ["ash", "elm", "oak"]
-FAKE = {"backend": "fake"}
+FAKE = {"backend": "fake", "spread": "all"}
 NOTICED_S = 5.0  # a silent link
 AGREED_S = 30.0  # from a change to one plan that serves; busy machines take their time
 LONG = 3000  # tokens; minutes

@@ -32,7 +32,9 @@ def demand_tellable(profiles: list[Profile], model: ModelShape, context: int = 0
 def test_memory_of_many_huge_gpus_is_no_more_than_a_message_can_tell() -> None:
     profiles = [with_gpus(A, 64), with_gpus(B, 64)]
     demand_tellable(profiles, shape())
-    demand_tellable(profiles, replace(shape(layers=2), layer_bytes=(MOST * 8,) * 2))
+    demand_tellable(
+        profiles, replace(shape(layers=2), layer_bytes=(MOST * 8,) * 2, layer_active_bytes=(1, 1))
+    )
 
 
 @pytest.mark.parametrize(
