@@ -24,6 +24,7 @@ OWN_MEMORY = ("cuda", "rocm", "hip", "vulkan")  # kinds of GPUs that do not use 
 # and operations a second in prefill. Low on purpose: a measured peer is to be preferred.
 USUAL_BYTES_PER_S = {"cpu": 8e9, "metal": 6e10, "cuda": 2e11, "rocm": 1.5e11, "vulkan": 1e11}
 USUAL_OPERATIONS_PER_S = {"cpu": 4e10, "metal": 1.5e12, "cuda": 8e12, "rocm": 5e12, "vulkan": 3e12}
+CACHE_BYTES_PER_S = 2e9  # at least, in bytes of weights as `_cache` tells it
 _WEIGHTS_PER_BYTE = 1.7  # of about 4.7 bits each, as most models at home
 
 Floats = NDArray[np.float64]
@@ -113,7 +114,8 @@ def _measured(speed: Speed, shape: ModelShape, size: Size, active: Floats) -> Pa
     kinds = np.minimum(at, len(speed.decode_s) - 1)
     decode = np.array(speed.decode_s, np.float64)[kinds]
     kv = _cache(shape, speed.kind)
-    grown = decode * (1 + kv / np.maximum(active, 1))
+    # A layer so small that a step is all overhead tells nothing of how fast memory is read.
+    grown = decode + np.minimum(decode * kv / np.maximum(active, 1), kv / CACHE_BYTES_PER_S)
     prefill = np.array(speed.prefill_s, np.float64)[np.minimum(at, len(speed.prefill_s) - 1)]
     factor = speed.correction or 1.0
     return Pace(
