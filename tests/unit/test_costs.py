@@ -26,7 +26,7 @@ COMPUTE = 4 * 8 * (16 * 16 + 64)  # rows, activations, mask: 10,240 bytes
 LOGITS = 4 * 8 * 5
 DECODE_S, GPU_S, WINDOW_S, OUTPUT_S = 1e-3, 1e-4, 5e-4, 2e-3
 GROWN = 1 + 10 * costs.FILL_TOKENS * KV_FACTOR / CACHE_BYTES_PER_S / DECODE_S
-"""The KV cache that is read beside a layer: so small a layer is all overhead, memory is not slow."""
+"""The KV cache that is read beside a layer; so small a layer is all overhead."""
 
 
 def profile(index: int = 0, ram: int = 1 << 30, **changes: object) -> Profile:
