@@ -285,7 +285,8 @@ class Election:
                 return self._follow(rival, term)
         if view.term > self.term:  # it claimed again, above a rival
             return self._follow(self.coordinator, view.term)
-        return []
+        # It stepped down, where this peer had not heard to whom, and claims again from there.
+        return self._step_down([claim for claim in self._rivals() if claim[2] == view.peer_id])
 
     def _decide_alone(self) -> list[Action]:
         for _, term, rival in reversed(self._rivals()):
