@@ -21,7 +21,7 @@ from peer.clockwork import Retries
 from peer.config import Config
 from peer.errors import BackendError, ModelError, PeerError
 from peer.planning import survey
-from peer.planning.correction import corrected, faded
+from peer.planning.correction import Corrections
 from peer.planning.plan import Plan
 from peer.planning.profile import PEERS_MAX, SPEEDS_MAX, Link, ModelShape, Profile
 from peer.planning.speeds import Speeds
@@ -34,8 +34,6 @@ T = TypeVar("T")
 LOOK_S = 0.25  # between looks whether something is to be measured, or an answer has come
 MEMORY_S = 15.0  # between looks at what is free
 MEMORY_NEWS = 0.1  # of change; less is not told
-CONFIRM_S = 20.0  # for which steps must take another time than told before that is believed
-FADE_S, FADE_MAX_S = 600.0, 86400.0  # without a stage, until a correction is doubted a little
 AGAIN_S, AGAIN_MAX_S = 30.0, 3600.0  # after measuring failed
 
 
@@ -75,10 +73,8 @@ class Measuring:
         self.profile = profile
         self._speeds = Speeds(config.home)
         self._retries = Retries(AGAIN_S, AGAIN_MAX_S)
-        self._corrections: dict[tuple[str, str, str], float] = {}  # not written yet
-        self._odd_since: float | None = None  # steps have not taken what they should
-        self._fade_s, self._fade_at = FADE_S, time.monotonic() + FADE_S
-        self._faded = False  # since a stage last told what its steps take
+        self._corrections = Corrections(time.monotonic())
+        self._unwritten: dict[tuple[str, str, str], float] = {}  # corrections
 
     def change(self, **changes: object) -> None:
         """Put something new into the profile and tell it."""
@@ -94,25 +90,20 @@ class Measuring:
 
     def corrected(self, plan: Plan, timed: Timed) -> None:
         """The stage of this peer told what its steps take."""
-        found, now = corrected(self.profile, plan, timed), time.monotonic()
-        if found is None:
-            self._odd_since = None
-            return
-        self._odd_since = now if self._odd_since is None else self._odd_since
-        if now < self._odd_since + CONFIRM_S:
-            return  # a moment's other work is no reason to move a model
-        self._odd_since = None
-        if self._faded:  # and should not have: wait longer before the next doubt
-            self._fade_s, self._faded = min(2 * self._fade_s, FADE_MAX_S), False
-        self.change(speeds=found.speeds)
-        for speed in found.speeds:
-            if speed.digest == plan.shape.digest:
-                log.info(
-                    "correction=%.2f model=%s kind=%s because=stage",
-                    speed.correction, plan.shape.model, speed.kind,
-                )  # fmt: skip
-                told = speed.digest, speed.backend, speed.kind
-                self._corrections[told] = speed.correction
+        found = self._corrections.told(self.profile, plan, timed, time.monotonic())
+        self._correct(found, "stage")
+
+    def _correct(self, found: Profile | None, because: str) -> None:
+        """Tell and keep what is corrected now, None: nothing."""
+        new = set(found.speeds).difference(self.profile.speeds) if found else ()
+        for speed in new:
+            log.info(
+                "correction=%.2f model=%s… kind=%s because=%s",
+                speed.correction, speed.digest[:12], speed.kind, because,
+            )  # fmt: skip
+            self._unwritten[speed.digest, speed.backend, speed.kind] = speed.correction
+        if found:
+            self.change(speeds=found.speeds)
 
     async def run(self) -> None:
         """Measure what is wanted, when there is time for it, until cancelled."""
@@ -123,18 +114,16 @@ class Measuring:
             if self.profile.speeds and not self._host.busy():
                 self.change(disk_read_bytes_per_s=await self._disk())
             await self._look_at_memory()
-            self._fade(time.monotonic())
-            while self._corrections:
-                told, correction = self._corrections.popitem()
+            mine, now = self.profile, time.monotonic()
+            self._correct(self._corrections.passed(mine, self._holds(), now), "no stage")
+            while self._unwritten:
+                told, correction = self._unwritten.popitem()
                 await asyncio.to_thread(self._speeds.correct, *told, correction)
             await asyncio.sleep(LOOK_S)
 
     def _known(self, shape: ModelShape) -> bool:
-        backend = self.profile.engines[0].backend
-        speeds = {(speed.backend, speed.digest) for speed in self.profile.speeds}
-        return (backend, shape.digest) in speeds or not self._retries.due(
-            shape.digest, time.monotonic()
-        )
+        due = self._retries.due(shape.digest, time.monotonic())
+        return self.profile.has_speed(shape.digest) or not due
 
     async def _learn(self, shape: ModelShape) -> None:
         """From what is kept, else by measuring."""
@@ -179,17 +168,6 @@ class Measuring:
         if rate == 0.0:
             self._retries.failed("disk", time.monotonic())
         return rate or 0.0
-
-    def _fade(self, now: float) -> None:
-        """Doubt corrections that no stage can confirm any more: else a peer that was busy once
-        would be left out for ever."""
-        if self._holds():
-            self._fade_at = now + self._fade_s
-        elif now >= self._fade_at:
-            self._fade_at = now + self._fade_s
-            if (found := faded(self.profile)) is not None:
-                self._faded = True
-                self.change(speeds=found.speeds)
 
     async def _look_at_memory(self) -> None:
         """What is free for stages now, where none of them has some of it already."""

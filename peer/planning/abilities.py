@@ -70,6 +70,11 @@ class Able:
         return self.profile.peer_id
 
     @property
+    def memory_bytes(self) -> int:
+        """Of all kinds, for its stage."""
+        return self.ram_bytes + (0 if self.unified else self.gpu_bytes)
+
+    @property
     def disk_bytes_per_s(self) -> float:
         """Of its profile; 0: it cannot stream."""
         return self.profile.disk_read_bytes_per_s

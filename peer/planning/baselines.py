@@ -18,7 +18,7 @@ _LEFT_OUT = 1e6  # squared layers: a peer that could have some is not left witho
 
 def memory_proportional(of: Problem) -> Ring | None:
     """Layers in proportion to memory (exo's rule, and prima.cpp's without its scheduler)."""
-    return _nearest(of, range(len(of.peers)), [float(_memory_bytes(able)) for able in of.peers])
+    return _nearest(of, range(len(of.peers)), [float(able.memory_bytes) for able in of.peers])
 
 
 def compute_proportional(of: Problem) -> Ring | None:
@@ -29,7 +29,7 @@ def compute_proportional(of: Problem) -> Ring | None:
 def smallest_set(of: Problem) -> Ring | None:
     """The fewest peers that hold all of the model, those with most memory first; where even all of
     them do not, all of them."""
-    memories = [float(_memory_bytes(able)) for able in of.peers]
+    memories = [float(able.memory_bytes) for able in of.peers]
     largest = sorted(range(len(of.peers)), key=lambda peer: -memories[peer])
     for streams in (False, True):
         for count in range(1, len(largest) + 1):
@@ -38,11 +38,6 @@ def smallest_set(of: Problem) -> Ring | None:
             if found:
                 return found
     return None
-
-
-def _memory_bytes(able: Able) -> int:
-    """Of all kinds."""
-    return able.ram_bytes + (0 if able.unified or able.gpu is None else able.gpu_bytes)
 
 
 def _layer_s(able: Able) -> float:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from peer.planning import costs
 from peer.planning.costs import Problem
 from peer.planning.cuts import Cuts, Needs, nearest
-from peer.planning.rings import Ring
+from peer.planning.rings import Ring, made
 
 _WINDOWS_MAX = 1_200_000  # of all peers that are looked at: some 0.3 GiB of tables
 
@@ -41,16 +40,6 @@ def in_proportion(of: Problem, everyone: bool) -> Ring | None:
         tied=shape.embed_bytes if shape.tied else 0,
     )
     edges = nearest(needs, [rooms[i] for i in order], everyone)
-    rows = [(i, edge) for i, edge in zip(order, edges, strict=False) if edge[0] < edge[1]]
-    if not rows:
-        return None
-    layers = [shape.layers if of.peers[i].gpu else 0 for i, _ in rows]
-    parts = [
-        costs.part(of, of.peers[i], [edge], g) for (i, edge), g in zip(rows, layers, strict=True)
-    ]
-    held = tuple(part for part in parts if part is not None)
-    if len(held) < len(rows):
-        return None
-    ring = tuple(i for i, _ in rows)
-    return Ring(ring, tuple(edge for _, edge in rows), 1, tuple(layers), held,
-                costs.evaluate(of, ring, 1, held))  # fmt: skip
+    steps = [(i, a, b) for i, (a, b) in zip(order, edges, strict=False) if a < b]
+    layers = [shape.layers if of.peers[i].gpu else 0 for i, _, _ in steps]
+    return made(of, steps, 1, layers) if steps else None

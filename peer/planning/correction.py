@@ -14,6 +14,42 @@ from peer.planning.trust import CORRECTION
 from peer.protocol import Timed
 
 TELL = 1.07  # a factor that is told: two peers apart by it each way are not a plan apart
+CONFIRM_S = 20.0  # for which steps must take another time than told before that is believed
+FADE_S, FADE_MAX_S = 600.0, 86400.0  # without a stage, until a correction is doubted a little
+
+
+class Corrections:
+    """When a peer believes what its steps took, and when it doubts that again. `now`: seconds."""
+
+    def __init__(self, now: float) -> None:
+        self._odd_since: float | None = None  # steps have not taken what they should
+        self._fade_s, self._fade_at = FADE_S, now + FADE_S
+        self._faded = False  # since the last correction
+
+    def told(self, profile: Profile, plan: Plan, timed: Timed, now: float) -> Profile | None:
+        """This peer's stage of the plan told what its steps took: the profile that follows, None:
+        the same. A moment's other work is no reason to move a model."""
+        found = corrected(profile, plan, timed)
+        if found is None:
+            self._odd_since = None
+            return None
+        self._odd_since = now if self._odd_since is None else self._odd_since
+        if now < self._odd_since + CONFIRM_S:
+            return None
+        self._odd_since = None
+        if self._faded:  # and should not have: wait longer before the next doubt
+            self._fade_s, self._faded = min(2 * self._fade_s, FADE_MAX_S), False
+        return found
+
+    def passed(self, profile: Profile, holds: bool, now: float) -> Profile | None:
+        """Time passed; holds: whether this peer has a stage. Corrections that none can confirm any
+        more are doubted, else a peer that was busy once would be left out for ever."""
+        if holds or now >= self._fade_at:
+            self._fade_at, due = now + self._fade_s, not holds
+            found = faded(profile) if due else None
+            self._faded = self._faded or found is not None
+            return found
+        return None
 
 
 def corrected(profile: Profile, plan: Plan, timed: Timed) -> Profile | None:

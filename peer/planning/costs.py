@@ -227,6 +227,12 @@ def busy_s(of: Problem, able: Able, windows: Sequence[tuple[int, int]], gpu_laye
     return _times(able, cpu, gpu, len(windows), windows[-1][1] == of.shape.layers)[0]
 
 
+def windows(layers: int, rounds: int, edge: tuple[int, int]) -> list[tuple[int, int]]:
+    """A peer's windows [first, last), round after round; edge: where they lie in each round."""
+    starts = range(0, layers, layers // rounds)
+    return [(start + edge[0], start + edge[1]) for start in starts]
+
+
 # All of them -----------------------------------------------------------------------------------
 
 

@@ -63,8 +63,7 @@ class Members:
 
 def measured(profile: Profile, digest: str) -> bool:
     """Whether a peer knows how fast its engines run a model, or that it cannot be known."""
-    known = {(speed.backend, speed.digest) for speed in profile.speeds}
-    return digest in profile.unmeasured or (profile.engines[0].backend, digest) in known
+    return digest in profile.unmeasured or profile.has_speed(digest)
 
 
 def pace(profile: Profile, digest: str) -> object:
@@ -193,17 +192,13 @@ def _gain(question: Question, now: Plan, made: Plan) -> str:
     if after is None:
         return ""
     objective = mine.objective if mine else "latency"
-    old_s, new_s = (_cost_s(f, objective) for f in (before, after))
+    old_s, new_s = (f.cost_s(objective) for f in (before, after))
     if new_s <= old_s * (1 - WORTH):
         what = "a token of many answers" if objective == "throughput" else "a token"
         return f"{what} in {new_s * 1e3:.3g} ms instead of {old_s * 1e3:.3g} ms"
     if made.split.context >= 2 * now.split.context and new_s <= old_s * (1 + WORTH):
         return f"room for {made.split.context} tokens of context"
     return ""
-
-
-def _cost_s(forecast: Forecast, objective: str) -> float:
-    return forecast.stage_s if objective == "throughput" else forecast.tpot_s
 
 
 def as_it_runs(profiles: Sequence[Profile], plan: Plan) -> Forecast | None:

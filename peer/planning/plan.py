@@ -103,6 +103,10 @@ class Forecast(Value, frozen=True):
     stage_s: Seconds
     peers: Annotated[tuple[PeerForecast, ...], msgspec.Meta(max_length=PEERS_MAX)]
 
+    def cost_s(self, objective: str) -> float:
+        """What a plan for this objective (latency | throughput) is to keep small."""
+        return self.stage_s if objective == "throughput" else self.tpot_s
+
 
 class Plan(Value, frozen=True):
     """A split with its number and the model it is for. What peers load and serve."""

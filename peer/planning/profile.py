@@ -113,6 +113,11 @@ class Profile(Value, frozen=True):
     unmeasured: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
     links: Annotated[tuple[Link, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
 
+    def has_speed(self, digest: str) -> bool:
+        """Whether anything was measured of a model on the backend that would run it."""
+        wanted = digest, self.engines[0].backend if self.engines else ""
+        return any((s.digest, s.backend) == wanted for s in self.speeds)
+
     def speed(self, digest: str, backend: str, kind: str) -> Speed | None:
         """What was measured of a model on an engine, None where nothing was."""
         wanted = (digest, backend, kind)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from peer.planning import coarse, costs, halda
-from peer.planning.costs import Able, Problem, Size
+from peer.planning.costs import Problem, Size
 from peer.planning.halda import Ring, Wanted
 from peer.planning.profile import ModelShape, Profile
 from peer.planning.wishes import Wishes
@@ -77,8 +77,8 @@ def least_bytes(of: Problem) -> int:
 def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wishes) -> str:
     """What is missing for the smallest size, and the smallest thing that would help."""
     of = costs.problem(able, shape, size)
-    largest = max(of.peers, key=lambda a: (_room(a), a.peer_id))
-    name, has = largest.profile.name, _room(largest)
+    largest = max(of.peers, key=lambda a: (a.memory_bytes, a.peer_id))
+    name, has = largest.profile.name, largest.memory_bytes
     compute, logits = of.compute_bytes, of.logits_bytes
     whole = shape.window_bytes(0, shape.layers) + compute + logits
     whole += size.kv_cells * sum(shape.layer_kv_bytes)
@@ -95,7 +95,7 @@ def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wish
             f"which has most, has {mib(has)}: {mib(whole - has)} are missing there. Free memory "
             f"on {name} or pull a smaller model"
         )
-    free = sum(max(0, _room(a) - compute) for a in of.peers)
+    free = sum(max(0, a.memory_bytes - compute) for a in of.peers)
     wanted = whole - compute
     if wanted > free:
         disk = "" if any(a.disk_bytes_per_s for a in of.peers) else _DISKS
@@ -113,11 +113,6 @@ def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wish
 
 
 _DISKS = ", and no peer's disk is known to be fast enough to read them again for each token"
-
-
-def _room(able: Able) -> int:
-    """Bytes that a stage on this peer could use in all."""
-    return able.ram_bytes + (0 if able.unified else able.gpu_bytes)
 
 
 def seconds(value: float) -> str:

@@ -61,10 +61,9 @@ class Ring:
 
 def made(of: Problem, steps: Sequence[Step], rounds: int, gpu_layers: Sequence[int]) -> Ring | None:
     """The ring of these windows; None where one of its peers cannot hold its own."""
-    width = of.shape.layers // rounds
     parts = []
     for (peer, first, last), layers in zip(steps, gpu_layers, strict=True):
-        windows = [(at + first, at + last) for at in range(0, of.shape.layers, width)]
+        windows = costs.windows(of.shape.layers, rounds, (first, last))
         part = costs.part(of, of.peers[peer], windows, layers)
         if part is None:
             return None
@@ -146,7 +145,8 @@ class Prices:
         table = self._tables[peer]
         each = table.token_s(token_s)
         if lean.ttft:
-            late = 1 + table.cpu_s / np.maximum(table.busy_s, 1e-12) * (1 / table.share - 1)
+            on_cpu = np.minimum(1.0, table.cpu_s / np.maximum(table.busy_s, 1e-12))
+            late = 1 + on_cpu * (1 / table.share - 1)  # as costs.evaluate has it
             each = each + lean.ttft * self._chunks * (table.prefill_s * late + table.read_s)
         if lean.missing:
             each = each + lean.missing * self._missing[peer]

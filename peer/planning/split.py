@@ -6,14 +6,14 @@ room for, has `halda` find the best ring of each size, and puts the reasons into
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from peer.errors import NoPlan
 from peer.planning import coarse, costs, halda, reasons, trust
-from peer.planning.costs import Problem, Size
+from peer.planning.costs import Floats, Problem, Size
 from peer.planning.halda import Ring, Wanted
 from peer.planning.plan import LeftOut, PlanWindow, Split
 from peer.planning.profile import ModelShape, Profile
@@ -43,8 +43,7 @@ class _Found:
         return any(part.streamed_bytes for part in self.ring.parts)
 
     def cost_s(self, objective: str) -> float:
-        forecast = self.ring.forecast
-        return forecast.stage_s if objective == "throughput" else forecast.tpot_s
+        return self.ring.forecast.cost_s(objective)
 
 
 def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None = None) -> Split:
@@ -222,27 +221,29 @@ class _Search:
         return found
 
     def _ring(self, of: Problem, everyone: bool) -> Ring | None:
-        wishes, shape = self._wishes, self._shape
+        wishes = self._wishes
         if coarse.needed(of):
             return coarse.in_proportion(of, everyone)
         index = {able.peer_id: i for i, able in enumerate(of.peers)}
-        missing = np.zeros((len(of.peers), shape.layers))
-        for peer_id, parts in wishes.held.items():
-            if peer_id in index:
-                there = [f"layer-{i:03d}" in parts for i in range(shape.layers)]
-                missing[index[peer_id]] = np.where(there, 0.0, 1.0)
-        absent = [i for p, i in index.items() if p not in wishes.held]
-        missing[absent] = 1.0
         wanted = Wanted(
             # Where everyone is to take part for the sake of it, the load is to be shared.
             objective="throughput" if everyone else wishes.objective,
             everyone=everyone,
             rounds=wishes.rounds,
             pinned={index[p]: window for p, window in wishes.pinned.items() if p in index},
-            missing=missing * np.array(shape.layer_bytes) if wishes.held else None,
+            missing=_missing(of, wishes.held) if wishes.held else None,
             order=tuple(index[p] for p in wishes.order if p in index),
         )
         return halda.solve(of, wanted)
+
+
+def _missing(of: Problem, held: Mapping[str, Collection[str]]) -> Floats:
+    """[peers, layers] bytes that each peer would have to fetch. held: names of parts, by peer."""
+    names = [f"layer-{i:03d}" for i in range(of.shape.layers)]
+    sizes = list(zip(names, of.shape.layer_bytes, strict=True))
+    rows = [[0.0 if name in held.get(able.peer_id, ()) else float(size) for name, size in sizes]
+            for able in of.peers]  # fmt: skip
+    return np.array(rows)
 
 
 def _id(profile: Profile) -> str:
@@ -268,16 +269,12 @@ def _holds(of: Problem, ring: Ring) -> bool:
     for at, edge, layers, before in zip(
         ring.order, ring.edges, ring.gpu_layers, ring.parts, strict=True
     ):
-        part = costs.part(of, of.peers[at], _rounds(of.shape, ring, edge), layers)
+        part = costs.part(
+            of, of.peers[at], costs.windows(of.shape.layers, ring.rounds, edge), layers
+        )
         if part is None or part.streamed_bytes > before.streamed_bytes:
             return False
     return True
-
-
-def _rounds(shape: ModelShape, ring: Ring, edge: tuple[int, int]) -> list[tuple[int, int]]:
-    """A peer's windows, round after round."""
-    starts = range(0, shape.layers, shape.layers // ring.rounds)
-    return [(start + edge[0], start + edge[1]) for start in starts]
 
 
 def _windows(of: Problem, ring: Ring) -> tuple[PlanWindow, ...]:
@@ -287,7 +284,7 @@ def _windows(of: Problem, ring: Ring) -> tuple[PlanWindow, ...]:
     for number in range(ring.rounds):
         for place, at in enumerate(ring.order):
             able, part = of.peers[at], ring.parts[place]
-            a, b = _rounds(shape, ring, ring.edges[place])[number]
+            a, b = costs.windows(shape.layers, ring.rounds, ring.edges[place])[number]
             layers = ring.gpu_layers[place]
             rows.append(
                 PlanWindow(

@@ -81,11 +81,6 @@ class Tables:
         for all kinds of layers or for none."""
         return tuple(self._table(able, self._gpu_choices(able)) for able in self.of.peers)
 
-    def windows(self, first: int, last: int) -> list[tuple[int, int]]:
-        """The windows [a, b) of all rounds."""
-        starts = range(0, self.of.shape.layers, self.width)
-        return [(start + first, start + last) for start in starts]
-
     def _folded(self, each: NDArray[_Number]) -> NDArray[_Number]:
         """[W + 1]: of x, the sum over the rounds of what lies in their first x layers."""
         sums = each.reshape(self.rounds, self.width).sum(axis=0)

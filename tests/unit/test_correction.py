@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from peer.planning import costs
-from peer.planning.correction import corrected, faded
+from peer.planning.correction import CONFIRM_S, FADE_S, Corrections, corrected, faded
 from peer.planning.plan import Plan, PlanId, PlanWindow, Split
 from peer.planning.profile import Profile, Speed
 from peer.protocol import Timed
@@ -77,3 +77,30 @@ def test_what_held_a_stage_up_once_is_forgotten_step_by_step() -> None:
         seen.append(round(busy.speeds[0].correction, 2))
         busy = faded(busy)
     assert seen == [2.0, 1.41, 1.19, 1.09, 1.04, 1.0]
+
+
+def test_a_moment_of_other_work_is_no_reason_for_a_correction() -> None:
+    corrections, right_s = Corrections(0.0), expected_s(MINE)
+    slow, right = Timed(decode_s=3 * right_s), Timed(decode_s=right_s)
+    for at, timed in ((0, slow), (10, slow), (15, right), (20, slow), (35, slow)):
+        assert corrections.told(MINE, PLAN, timed, at) is None
+    after = corrections.told(MINE, PLAN, slow, 20 + CONFIRM_S)
+    assert after is not None
+    assert after.speeds[0].correction == pytest.approx(3.0)
+
+
+def test_a_correction_fades_while_there_is_no_stage_and_slower_after_each_mistake() -> None:
+    corrections, now = Corrections(0.0), FADE_S
+    slow = profile(A, speeds=(replace(SPEED, correction=4.0),))
+    assert corrections.passed(slow, False, now - 1) is None
+    assert corrections.passed(slow, True, now) is None, "a stage tells what is true"
+    now += FADE_S
+    after = corrections.passed(slow, False, now)
+    assert after is not None
+    assert after.speeds[0].correction == 2.0
+    wrong = Timed(decode_s=2 * expected_s(after))
+    assert corrections.told(after, PLAN, wrong, now) is None
+    assert corrections.told(after, PLAN, wrong, now + CONFIRM_S) is not None
+    assert corrections.passed(slow, True, now) is None
+    assert corrections.passed(slow, False, now + 2 * FADE_S - 1) is None
+    assert corrections.passed(slow, False, now + 2 * FADE_S) is not None

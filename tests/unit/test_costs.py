@@ -246,7 +246,7 @@ def _compared(of: Problem) -> int:
 
 
 def _agrees(of: Problem, tables: Tables, peer: int, table: object, at: tuple[int, ...]) -> bool:
-    windows = tables.windows(at[-2], at[-1])
+    windows = costs.windows(of.shape.layers, tables.rounds, (at[-2], at[-1]))
     layers = int(table.gpu_layers[at])  # type: ignore[attr-defined]
     found = costs.part(of, of.peers[peer], windows, layers)
     allowed = not any(of.shape.refusal(*window) for window in windows)
@@ -282,7 +282,7 @@ def test_in_wide_rounds_few_numbers_of_gpu_layers_are_as_good_as_all(
     token_s = 100.0 if rounds > 1 else 1.0  # enough to hide all reading
     few = tables.choices[0].token_s(token_s).min(axis=0)
     for first, last in itertools.combinations(range(0, width + 1, 2), 2):
-        windows = tables.windows(first, last)
+        windows = costs.windows(of.shape.layers, rounds, (first, last))
         every = [costs.part(of, of.peers[0], windows, n) for n in range(last - first + 1)]
         each = [p.busy_s + p.waits_s(rounds, token_s) for p in every if p]
         best = min(each, default=np.inf)

@@ -14,9 +14,11 @@ from peer import measuring
 from peer.config import Config
 from peer.errors import BackendError, PeerError
 from peer.measuring import Measuring
+from peer.planning import correction
 from peer.planning.plan import Plan, PlanId, PlanWindow, Split
 from peer.planning.profile import Link, ModelShape, Profile, Speed
 from peer.protocol import Timed
+from tests.conftest import Until
 from tests.coordinator import A, B, profile, shape
 
 MODEL = shape()
@@ -60,7 +62,7 @@ async def running(
 ) -> AsyncIterator[tuple[Double, Measuring]]:
     monkeypatch.setattr(measuring.survey, "speeds", measure)
     monkeypatch.setattr(measuring, "LOOK_S", 0.01)
-    monkeypatch.setattr(measuring, "CONFIRM_S", 0.0)
+    monkeypatch.setattr(correction, "CONFIRM_S", 0.0)
     host = Double(tmp_path)
     config = Config.fast_test(home=tmp_path, backend="fake")
     found = Measuring(config, host, profile(A, unmeasured=()))
@@ -178,7 +180,7 @@ async def test_a_disk_whose_measurement_an_answer_ended_is_measured_again(
     monkeypatch.setattr(measuring.survey, "disk_read_bytes_per_s", disk)
     monkeypatch.setattr(measuring.survey, "speeds", at_once)
     monkeypatch.setattr(measuring, "LOOK_S", 0.01)
-    monkeypatch.setattr(measuring, "CONFIRM_S", 0.0)
+    monkeypatch.setattr(correction, "CONFIRM_S", 0.0)
     host = Double(tmp_path)
     config = Config.fast_test(home=tmp_path, backend="llama_cpp")
     found = Measuring(config, host, profile(A, unmeasured=()))
@@ -228,48 +230,17 @@ async def test_memory_that_became_free_is_told_where_no_stage_has_some_of_it(
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_correction_fades_while_there_is_no_stage_and_slower_after_each_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_what_has_faded_is_faded_after_a_restart_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
-    held = False
-    monkeypatch.setattr(measuring, "CONFIRM_S", 0.0)
-    host = Double(tmp_path)
-    slow = profile(A, speeds=(replace(SPEED, correction=4.0),))
-    config = Config.fast_test(home=tmp_path, backend="fake")
-    found = Measuring(config, host, slow, lambda: held)
-    start = found._fade_at
-    found._fade(start - 1)
-    assert host.told == []
-    held = True
-    found._fade(start + 1)
-    assert host.told == [], "a stage tells what is true"
-    held = False
-    found._fade(start + 1 + measuring.FADE_S)
-    assert found.profile.speeds[0].correction == 2.0
-    split = Split((PlanWindow(A, 0, 12, "fake"),), 512, 512, 8, 512)
-    found.corrected(Plan(PlanId(1, 1), A, MODEL, split), Timed(decode_s=1.0))
-    again = found._fade_at
-    held = True
-    found._fade(again)
-    assert found._fade_at == again + 2 * measuring.FADE_S
+    async def slow_once(config: Config, folder: Path, shape: ModelShape) -> tuple[Speed, ...]:
+        return (replace(SPEED, correction=4.0),)
 
+    def written() -> bool:
+        return b'"correction":4.0' not in (tmp_path / "speeds.json").read_bytes()
 
-async def test_a_moment_of_other_work_is_no_reason_for_a_correction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr(measuring.time, "monotonic", lambda: now)
-    host = Double(tmp_path)
-    found = Measuring(
-        Config.fast_test(home=tmp_path, backend="fake"), host, profile(A, speeds=(SPEED,))
-    )
-    split = Split((PlanWindow(A, 0, 12, "fake"),), 512, 512, 8, 512)
-    plan = Plan(PlanId(1, 1), A, MODEL, split)
-    right = Timed(decode_s=12e-3)
-    for at, timed in ((0, 1.0), (10, 1.0), (15, right.decode_s), (20, 1.0), (35, 1.0)):
-        now = 1000.0 + at
-        found.corrected(plan, Timed(decode_s=timed))
-        assert host.told == []
-    now = 1000.0 + 20 + measuring.CONFIRM_S
-    found.corrected(plan, Timed(decode_s=1.0))
-    assert host.told[-1].speeds[0].correction > 10
+    monkeypatch.setattr(correction, "FADE_S", 0.0)
+    async with running(tmp_path, monkeypatch, slow_once) as (host, found):
+        await until(lambda: found.profile.speeds == (SPEED,), 10, "it has faded")
+        await until(written, 10, "the file says so")
+    assert host.told[0].speeds[0].correction == 4.0
