@@ -66,7 +66,7 @@ class Agent:
         self.cluster = Cluster(config, identity, self)
         self.profiles: dict[str, Profile] = {self.me: profile}
         self.offers: dict[str, Sequence[ModelOffer]] = {self.me: ()}
-        self.reports: dict[tuple[str, PlanId], Report] = {}  # as heard while coordinating
+        self.reports: dict[tuple[str, PlanId], Report] = {}  # as heard, or told by the coordinator
         self.lost_peers: dict[str, tuple[str, str, float]] = {}  # name, why, when
         self.duty = d.Duty(self.me, config.timing.publish_s)
         self.rollout = r.Rollout(self.me, config.timing)
@@ -134,6 +134,7 @@ class Agent:
                     self._members()
             case Plans():
                 if peer_id == self.cluster.coordinator:
+                    self.reports = {(t.peer_id, t.report.plan): t.report for t in message.reports}
                     self._hear(message)
             case Report():
                 self._reported(peer_id, message)
@@ -164,8 +165,7 @@ class Agent:
 
     def _waiting(self) -> str:
         """For whom a first plan waits, in words, or ""."""
-        model = self.rollout.wanted
-        if model is None:
+        if (model := self.rollout.wanted) is None:
             return ""
         here = (self.profiles.get(peer_id) for peer_id in (self.me, *self.cluster.members))
         late = {p.name: 0 for p in here if p and p.engines and not measured(p, model.digest)}

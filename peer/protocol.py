@@ -131,6 +131,14 @@ class Plans(Message, frozen=True, tag="plans"):
     measure: Annotated[
         tuple[Digest, ...], msgspec.Meta(max_length=8)
     ] = ()  # whose speeds are wanted
+    reports: Annotated[tuple[PeerReport, ...], msgspec.Meta(max_length=8 * PEERS_MAX)] = ()
+
+
+class PeerReport(msgspec.Struct, frozen=True):
+    """What a peer last reported to the coordinator: any other peer can show it, too."""
+
+    peer_id: PeerId
+    report: Report
 
 
 class Report(Message, frozen=True, tag="report"):

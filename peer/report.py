@@ -116,7 +116,7 @@ def _forecast(agent: Agent, shown: PlanState) -> Forecast | None:
 
 
 def _timed(agent: Agent, shown: PlanState) -> TimedRing:
-    """What the stages said; others' words reach only the coordinator."""
+    """What the stages said; others' come with the coordinator's plans."""
     reports = {p: _report(agent, p, shown) for p in shown.plan.ring}
     timed = {p: told.timed for p, told in reports.items() if told and told.timed}
     head = timed.get(shown.plan.head)
@@ -203,7 +203,7 @@ def _with_plan(agent: Agent, basic: PeerState, shown: PlanState) -> PeerState:
         phase = "serving"
     elif known:
         phase = known.phase
-    else:  # its reports go to the coordinator only
+    else:  # the coordinator has not told its report yet
         phase = "ready" if shown.phase == "linking" else "loading"
     basic = msgspec.structs.replace(basic, layers=windows, phase=phase, weights_bytes=predicted)
     if known is None:
@@ -222,7 +222,7 @@ def _with_plan(agent: Agent, basic: PeerState, shown: PlanState) -> PeerState:
 
 
 def _report(agent: Agent, peer_id: str, shown: PlanState) -> Report | None:
-    """What a peer last said of its stage; others' words reach only the coordinator."""
+    """What a peer last said of its stage; others' come with the coordinator's plans."""
     if peer_id == agent.me:
         part = agent.duty.parts.get(shown.plan.id)
         return part.report if part else None

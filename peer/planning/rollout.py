@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from msgspec.structs import replace
+
 from peer.config import Timing
 from peer.planning.choice import choose
 from peer.planning.failures import RETRY_S, Failures
@@ -18,7 +20,7 @@ from peer.planning.making import Answer, Question, measured, pace
 from peer.planning.making import Members as Members
 from peer.planning.patience import Patience
 from peer.planning.plan import Plan, PlanId, PlanState, Split
-from peer.planning.profile import ModelShape
+from peer.planning.profile import PEERS_MAX, ModelShape
 from peer.planning.rollout_events import Action as Action
 from peer.planning.rollout_events import Deposed as Deposed
 from peer.planning.rollout_events import Elected as Elected
@@ -30,7 +32,7 @@ from peer.planning.rollout_events import Solve as Solve
 from peer.planning.rollout_events import Solved as Solved
 from peer.planning.rollout_events import Tick as Tick
 from peer.planning.running import NUMBER_MAX, Running, adoptable, is_same
-from peer.protocol import Plans, Report
+from peer.protocol import PeerReport, Plans, Report
 
 _DRAINING_MAX = 4  # plans that wait for their last answers; a Plans message holds 8 states
 _NEVER = math.inf
@@ -385,4 +387,10 @@ class Rollout:
         if plans == self._published and now < self._publish_at:
             return []
         self._published, self._publish_at = plans, now + self._timing.publish_s
-        return [Publish(plans)]
+        # Told along, never the reason to tell: they change with every answer.
+        reports = tuple(
+            PeerReport(peer_id, report)
+            for running in self._running.values()
+            for peer_id, report in running.reports.items()
+        )
+        return [Publish(replace(plans, reports=reports[-8 * PEERS_MAX :]))]

@@ -107,6 +107,10 @@ CONTROL: list[p.Control] = [
     ),
     p.Plans(term=7, states=(STREAMED,), measure=(DIGEST,)),
     p.Report(plan=PLAN, phase="linked", timed=TIMED),
+    p.Plans(
+        term=7, states=(),
+        reports=(p.PeerReport(peer_id=BOB, report=p.Report(plan=PLAN, phase="linked")),),
+    ),
     p.Probe(request=4, padding=b"\x00\x01"),
     p.Probed(request=4, busy=True),
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from peer.planning.making import answer
 from peer.planning.patience import SETTLE_TIMES
 from peer.planning.profile import EngineProfile, Link, Speed
 from peer.planning.rollout import Elected, Solve, Solved, Tick
+from peer.protocol import Timed
 from tests.coordinator import TIMING, A, B, C, World, profile, shape
 
 
@@ -161,3 +162,15 @@ def test_a_plan_is_replaced_where_only_the_processor_changes() -> None:
     world.members()
     world.wait(TIMING.settle_s)
     assert world.rollout.states[-1].plan.split.windows[0].gpu_layers == 0
+
+
+def test_what_peers_reported_is_told_along_and_is_no_reason_to_tell() -> None:
+    world = World(A, B)
+    state = world.serve()
+    before = len(world.published)
+    world.report(B, state, "linked", timed=Timed(decode_s=1e-3))
+    assert len(world.published) == before, "it changes with every answer"
+    world.wait(TIMING.publish_s)
+    reports = {told.peer_id: told.report for told in world.plans.reports}
+    assert set(reports) == {A, B}
+    assert reports[B].timed == Timed(decode_s=1e-3)
