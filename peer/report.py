@@ -197,7 +197,6 @@ def _with_plan(agent: Agent, basic: PeerState, shown: PlanState) -> PeerState:
     if not windows:
         why = next((out.why for out in plan.split.left_out if out.peer_id == peer_id), "")
         return msgspec.structs.replace(basic, why=why)
-    predicted = sum(w.memory_bytes for w in plan.split.windows if w.peer_id == peer_id)
     known = _report(agent, peer_id, shown)
     if shown.phase in ("serving", "draining"):
         phase = "serving"
@@ -205,20 +204,18 @@ def _with_plan(agent: Agent, basic: PeerState, shown: PlanState) -> PeerState:
         phase = known.phase
     else:  # the coordinator has not told its report yet
         phase = "ready" if shown.phase == "linking" else "loading"
-    basic = msgspec.structs.replace(basic, layers=windows, phase=phase, weights_bytes=predicted)
+    basic = msgspec.structs.replace(basic, layers=windows, phase=phase)
     if known is None:
         return basic
-    basic = msgspec.structs.replace(
-        basic, done_bytes=known.done_bytes, total_bytes=known.total_bytes, why=known.why
+    return msgspec.structs.replace(
+        basic,
+        done_bytes=known.done_bytes,
+        total_bytes=known.total_bytes,
+        why=known.why,
+        weights_bytes=known.weights_bytes,
+        kv_bytes=known.kv_bytes,
+        compute_bytes=known.compute_bytes,
     )
-    if known.weights_bytes:
-        basic = msgspec.structs.replace(
-            basic,
-            weights_bytes=known.weights_bytes,
-            kv_bytes=known.kv_bytes,
-            compute_bytes=known.compute_bytes,
-        )
-    return basic
 
 
 def _report(agent: Agent, peer_id: str, shown: PlanState) -> Report | None:

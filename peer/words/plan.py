@@ -120,7 +120,7 @@ def _usage(peer_id: str, status: Status) -> str:
     if state is None:
         return ", not seen now"
     text = ""
-    if state.kv_bytes or state.compute_bytes:  # else it is only what was predicted
+    if state.memory_bytes:
         text += (
             f", used {size(state.memory_bytes)} (weights {size(state.weights_bytes)}, "
             f"KV {size(state.kv_bytes)}, compute {size(state.compute_bytes)})"
