@@ -88,14 +88,17 @@ def test_a_ring_shows_its_plan_and_answers_with_its_times(trial: Trial) -> None:
         assert process.wait(60) == 0, seen
     assert re.search(r"Plan \d+\.\d+ for smollm2-135m-instruct-q4_1, serving", seen)
     assert re.search(r"╭▸ .* 0–\d+ +head ", seen)
-    assert re.search(r"╰─ .* \d+–29 +tail ", seen)
+    last = re.search(r"╰─ .* (\d+)–29 +tail ", seen)
+    assert last, seen
     assert "asking peer 2, over its own HTTP: Say hello." in seen
     answer, stats = seen.rstrip().splitlines()[-2:]
     assert re.search("[a-z]{3}", answer)
     assert re.match(r"TTFT \d+ ms, TPOT \d+\.\d ms .* tokens, prompt \d+ tokens$", stats)
     held = re.search(r"on disk: peer 1 (\d+\.\d) MiB, peer 2 (\d+\.\d) MiB", seen)
     assert held, seen
-    assert float(held[2]) < 0.7 * float(held[1])  # its own layers, not the whole model
+    # Its own layers, not the whole model: each of the 30 layers is 2.3 % of this file, and the
+    # plan, made from what was measured just now, decides how many of them are another's.
+    assert float(held[2]) < (1 - 0.02 * int(last[1])) * float(held[1]), seen
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
