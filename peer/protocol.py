@@ -157,6 +157,10 @@ class Report(Message, frozen=True, tag="report"):
     active: Count = 0  # answers running or waiting (head)
     why: Why = ""
     timed: Timed | None = None
+    # Where it failed by no fault of this peer's stage: who was out of reach, or whose numbers were
+    # not finite.
+    lost: Annotated[str, msgspec.Meta(max_length=16)] = ""
+    blamed: Annotated[str, msgspec.Meta(max_length=16)] = ""
 
 
 class Timed(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -186,6 +190,53 @@ class Probed(Message, frozen=True, tag="probed"):
 
     request: Count
     busy: bool = False
+
+
+# Loss: a peer that falls silent is asked about before it is declared gone ------------------------
+
+
+class Suspect(Message, frozen=True, tag="suspect"):
+    """I do not hear this peer any more. Do you?"""
+
+    peer_id: PeerId
+
+
+class Opinion(Message, frozen=True, tag="opinion"):
+    """The answer to a Suspect. heard: the peer is a member here, and was heard `ago_s` ago."""
+
+    peer_id: PeerId
+    heard: bool = False
+    ago_s: Seconds = 0.0
+
+
+class Outlook(Message, frozen=True, tag="outlook"):
+    """What the coordinator foresees for each peer's loss, and who is to hold which parts besides
+    those of its windows, so that it is survived. Sent on change and again."""
+
+    term: Term
+    losses: Annotated[tuple[Loss, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
+    spares: Annotated[tuple[Spare, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
+
+
+class Loss(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the loss of this peer would mean for the model that is served.
+
+    outcome: fine (others hold all that they would need) · fetch (it goes on once `fetch_bytes` went
+    from peer to peer) · none (it could not be served; why).
+    """
+
+    peer_id: PeerId
+    outcome: Literal["fine", "fetch", "none"]
+    fetch_bytes: Bytes = 0
+    why: Why = ""
+
+
+class Spare(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Parts of a model that a peer is to hold besides those of its windows."""
+
+    peer_id: PeerId
+    digest: Digest
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(max_length=5000)] = ()
 
 
 # Models: any peer asks any peer ----------------------------------------------------------------
@@ -318,6 +369,12 @@ class StageAdmit(Message, frozen=True, tag="admit"):
     keys: Annotated[tuple[Key, ...], msgspec.Meta(max_length=PEERS_MAX)]
 
 
+class StagePing(Message, frozen=True, tag="ping"):
+    """Are you at it? Answered by StageNews.pong from the loop that computes."""
+
+    number: Count
+
+
 class StageStop(Message, frozen=True, tag="stop"):
     """End cleanly, now."""
 
@@ -338,14 +395,17 @@ class StageNews(Message, frozen=True, tag="news"):
     dropped: int = 0  # frames refused: stale, replayed, malformed
     why: str = ""
     timed: Timed | None = None
+    pong: int = 0  # of the last StagePing
+    blamed: str = ""  # peer whose numbers were not finite, answer after answer (head)
 
 
 Control = (
     Hello | Welcome | Refused | Goodbye | Heartbeat | Gossip | Announce | Plans | Report
     | ManifestWanted | ManifestHere | ChunkWanted | ChunkHere | NotHere | Probe | Probed
+    | Suspect | Opinion | Outlook
 )  # fmt: skip
 Answering = Submit | Cancel | Tokens | Unanswered
-Pipe = StageOrder | StageConnect | StageAdmit | StageStop | StageNews
+Pipe = StageOrder | StageConnect | StageAdmit | StagePing | StageStop | StageNews
 
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()

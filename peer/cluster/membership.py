@@ -117,10 +117,11 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The peer is a member no longer."""
+    """The peer is a member no longer. heard_by: a member that still hears it, "" where none does."""
 
     peer_id: str
     why: str
+    heard_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,10 +66,11 @@ class MemberJoined:
 
 @dataclass(frozen=True, slots=True)
 class MemberLost:
-    """A peer is out of reach from here."""
+    """A peer is out of reach from here. heard_by: a peer that still hears it, "" where none does."""
 
     peer_id: str
     why: str
+    heard_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,9 @@ class Members:
             unmeasured=(),
             links=(),
             disk_read_bytes_per_s=0.0,
+            leaving=False,
+            unreachable=(),
+            spare_bytes=0,
         )
         return (lasting, engines), offered
 
@@ -90,7 +93,9 @@ WORTH = 0.15  # a plan that serves is replaced by one whose tokens take so much 
 class Question:
     """What a plan depends on. number: of the question, to know its answer by. shapes: the models to
     try, in order. barred: by digest, peers that a plan does without, each with the reason. current:
-    plans of now, the newest first."""
+    plans of now, the newest first. shaky: peers that a plan does without where it can, each with the
+    reason. before: the plan that served until one of its peers was lost; of it, as much as there can
+    be stays where it is."""
 
     number: int
     plan_id: PlanId
@@ -99,6 +104,8 @@ class Question:
     shapes: tuple[ModelShape, ...]
     barred: Mapping[str, Mapping[str, str]]
     current: tuple[Plan, ...]
+    shaky: Mapping[str, str] = field(default_factory=dict)
+    before: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)

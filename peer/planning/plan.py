@@ -190,9 +190,14 @@ class StageLink(Value, frozen=True):
 
 
 class PlanState(Value, frozen=True):
-    """A plan and how far it has come. The coordinator's soft state; sent whole, again and again."""
+    """A plan and how far it has come. The coordinator's soft state; sent whole, again and again.
+
+    hurry: while it drains, its answers go over to the plan that serves instead of ending here:
+    somebody in its ring wants to go away.
+    """
 
     plan: Plan
     phase: Phase
     links: Annotated[tuple[StageLink, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
     why: Why = ""  # why this plan came to be
+    hurry: bool = False

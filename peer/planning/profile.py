@@ -90,7 +90,9 @@ class Profile(Value, frozen=True):
 
     cpu_share: processor time that the control groups allow, of what `threads` of a stage could
     use: 0.5 where two threads may use one core's time. speeds: of the models measured so far;
-    unmeasured: models of which that was tried and cannot be.
+    unmeasured: models of which that was tried and cannot be. leaving: it goes away as soon as others
+    have taken over. unreachable: peers that others hear and this one does not.
+    spare_bytes: of its disk, for spare parts besides those of its own windows, held ones included.
     """
 
     peer_id: PeerId
@@ -112,6 +114,9 @@ class Profile(Value, frozen=True):
     speeds: Annotated[tuple[Speed, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
     unmeasured: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=SPEEDS_MAX)] = ()
     links: Annotated[tuple[Link, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
+    leaving: bool = False
+    unreachable: Annotated[tuple[PeerId, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
+    spare_bytes: Bytes = 0
 
     def has_speed(self, digest: str) -> bool:
         """Whether anything was measured of a model on the backend that would run it."""

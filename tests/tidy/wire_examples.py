@@ -70,6 +70,10 @@ STREAMED = PlanState(
     ),
     phase="loading",
 )  # fmt: skip
+LEAVING_PROFILE = msgspec.structs.replace(
+    PROFILE, leaving=True, unreachable=(BOB,), spare_bytes=5 << 30
+)
+HURRIED = msgspec.structs.replace(STATE, phase="draining", hurry=True)
 TIMED = p.Timed(decode_s=1e-3, prefill_s=1e-4, tpot_s=2e-3)
 SAMPLING = p.Sampling(
     temperature=0.5, top_k=50, top_p=0.75, min_p=0.25, repeat_penalty=1.25, repeat_last_n=32,
@@ -113,6 +117,15 @@ CONTROL: list[p.Control] = [
     ),
     p.Probe(request=4, padding=b"\x00\x01"),
     p.Probed(request=4, busy=True),
+    p.Announce(profile=LEAVING_PROFILE),
+    p.Plans(term=7, states=(HURRIED,)),
+    p.Report(plan=PLAN, phase="failed", lost=BOB, blamed=ADA),
+    p.Suspect(peer_id=BOB),
+    p.Opinion(peer_id=BOB, heard=True, ago_s=0.5),
+    p.Outlook(
+        term=7, losses=(p.Loss(peer_id=BOB, outcome="fetch", fetch_bytes=7, why="two parts"),),
+        spares=(p.Spare(peer_id=ADA, digest=DIGEST, parts=("layer-001",)),),
+    ),
 ]  # fmt: skip
 
 ANSWERING: list[p.Answering] = [
@@ -132,6 +145,8 @@ PIPE: list[p.Pipe] = [
     p.StageNews(phase="linked", ring_port=1, submit_port=2, key=KEY, weights_bytes=3, kv_bytes=4,
                 compute_bytes=5, active=6, steps=7, tokens=8, dropped=9, why="said"),
     p.StageNews(phase="linked", timed=TIMED),
+    p.StagePing(number=3),
+    p.StageNews(phase="linked", pong=3, blamed=BOB),
 ]  # fmt: skip
 
 FAULTS = (f.Fault(slot=1, peer_id=BOB),)
