@@ -66,7 +66,7 @@ class MemberJoined:
 
 @dataclass(frozen=True, slots=True)
 class MemberLost:
-    """A peer is out of reach from here. heard_by: a peer that still hears it, "" where none does."""
+    """A peer is out of reach from here. heard_by: one that still hears it, "" where none does."""
 
     peer_id: str
     why: str

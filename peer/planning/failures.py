@@ -6,8 +6,8 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-RETRY_S = (1.0, 4.0, 15.0)  # after the first, second and third failure
-BARRED_S = 600.0  # after one more; also how long a failure is remembered
+RETRY_S = (0.5, 5.0)  # after the first and second failure
+BARRED_S = 600.0  # after the third; also how long a failure is remembered
 
 
 @dataclass(slots=True)

@@ -33,6 +33,11 @@ class Members:
         """The profiles of those who are here, by peer id."""
         return [self.profiles[p] for p in sorted(self.present) if p in self.profiles]
 
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Those who are here and go away as soon as others have taken over."""
+        return frozenset(profile.peer_id for profile in self.here if profile.leaving)
+
     def nature(self, peer_id: str) -> tuple[object, frozenset[str]]:
         """What a peer is, and which models it has; what changes by itself (free memory, parts) is
         not in it."""
@@ -93,9 +98,9 @@ WORTH = 0.15  # a plan that serves is replaced by one whose tokens take so much 
 class Question:
     """What a plan depends on. number: of the question, to know its answer by. shapes: the models to
     try, in order. barred: by digest, peers that a plan does without, each with the reason. current:
-    plans of now, the newest first. shaky: peers that a plan does without where it can, each with the
-    reason. before: the plan that served until one of its peers was lost; of it, as much as there can
-    be stays where it is."""
+    plans of now, the newest first. shaky: peers that a plan does without where it can, each with
+    the reason. before: the plan that served until one of its peers was lost; of it, as much as can
+    stays where it is."""
 
     number: int
     plan_id: PlanId

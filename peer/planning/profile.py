@@ -90,9 +90,9 @@ class Profile(Value, frozen=True):
 
     cpu_share: processor time that the control groups allow, of what `threads` of a stage could
     use: 0.5 where two threads may use one core's time. speeds: of the models measured so far;
-    unmeasured: models of which that was tried and cannot be. leaving: it goes away as soon as others
-    have taken over. unreachable: peers that others hear and this one does not.
-    spare_bytes: of its disk, for spare parts besides those of its own windows, held ones included.
+    unmeasured: models of which that was tried and cannot be. leaving: it goes away as soon as
+    others have taken over. unreachable: peers that others hear and this one does not.
+    spare_bytes: of its disk, for spare parts besides those of its windows, held ones included.
     """
 
     peer_id: PeerId

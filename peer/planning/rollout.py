@@ -16,10 +16,10 @@ from msgspec.structs import replace
 from peer.config import Timing
 from peer.planning.choice import choose
 from peer.planning.failures import RETRY_S, Failures
-from peer.planning.making import Answer, Question, measured, pace
+from peer.planning.making import Answer, Question, measured
 from peer.planning.making import Members as Members
 from peer.planning.patience import Patience
-from peer.planning.plan import Plan, PlanId, PlanState, Split
+from peer.planning.plan import Plan, PlanId, PlanState, check
 from peer.planning.profile import PEERS_MAX, ModelShape
 from peer.planning.rollout_events import Action as Action
 from peer.planning.rollout_events import Deposed as Deposed
@@ -32,10 +32,13 @@ from peer.planning.rollout_events import Solve as Solve
 from peer.planning.rollout_events import Solved as Solved
 from peer.planning.rollout_events import Tick as Tick
 from peer.planning.running import NUMBER_MAX, Running, adoptable, is_same
+from peer.planning.situation import news, ranked, situation
+from peer.planning.steadiness import Steadiness
 from peer.protocol import PeerReport, Plans, Report
 
 _DRAINING_MAX = 4  # plans that wait for their last answers; a Plans message holds 8 states
 _NEVER = math.inf
+_HASTE_S = 0.05  # instead of settling, where answers wait: for a loss of several peers at once
 
 
 class Rollout:
@@ -46,6 +49,7 @@ class Rollout:
         self._members = Members(frozenset(), {}, {})
         self._choice = choose({}, "", me)
         self._failures = Failures(doubt_s=2 * timing.silence_s)
+        self._steadiness = Steadiness()
         self._asked = 0  # questions to the planner, ever
         self._patience = Patience(timing)
         self._begin(None, ())
@@ -63,13 +67,21 @@ class Rollout:
         self._running: dict[PlanId, Running] = {}
         self._adopted: PlanId | None = None
         self._decided = False  # nothing is published before the first decision of a term
-        self._served = any(s.phase == "serving" for s in known)  # something did, in this term
+        # What served in this term, or before, until its ring broke; of it, what can be kept is.
+        served = [s.plan for s in known if s.phase == "serving" and not check(s.plan)]
+        self._before: Plan | None = max(served, key=lambda plan: plan.id, default=None)
+        self._served = self._before is not None
+        # Who else is missing may just not have been seen here yet.
+        gone = set(self._before.ring) - self._members.present if self._before else set()
+        self._haste = bool(self._before and gone == {self._before.coordinator})
         self._patience.begin()
         self._why_none = ""
         self._ignored: Mapping[str, str] = {}  # as last told
         self._cause = "a new coordinator"
         self._seen: object = None  # what a plan depends on
         self._planned: object = None  # the same when the last plan was made
+        self._shaky: Mapping[str, str] = {}
+        self._steady = _NEVER
         self._quiet_at = self._publish_at = _NEVER
         self._published: Plans | None = None
 
@@ -81,7 +93,7 @@ class Rollout:
         limits = [
             at for running in self._running.values() for at, _ in running.limits(self._timing)
         ]
-        at = min([self._quiet_at, self._publish_at, self._failures.deadline, *limits])
+        at = min([self._quiet_at, self._publish_at, self._failures.deadline, self._steady, *limits])
         return at if at < _NEVER else None
 
     @property
@@ -110,6 +122,8 @@ class Rollout:
             return []
         notes += self._expire(now)
         notes += self._tell_ignored()
+        self._shaky = self._steadiness.shaky(now)
+        self._steady = self._steadiness.deadline(now)
         self._watch(now)
         if now >= self._quiet_at:
             notes += self._decide(now)
@@ -126,11 +140,18 @@ class Rollout:
                 self._failures.forget(peer_id)
         if lost := before.present - members.present:
             self._failures.forgive(lost, now)
+        for peer_id in sorted(lost - before.leaving):
+            self._steadiness.lost(peer_id, now)
+        for peer_id in sorted(members.present - before.present):
+            self._steadiness.back(peer_id, now)
+        if members.leaving - before.leaving:
+            self._haste = True
         notes = []
         for running in list(self._running.values()):
             gone = [p for p in running.plan.ring if p not in members.present]
             if gone:
                 notes.append(self._drop(running, f"{self._name(gone[0], before)} was lost"))
+        self._hurry()
         return notes if self._decided or self._term is None else notes + self._adopt(now)
 
     def _adopt(self, now: float) -> list[Note]:
@@ -150,12 +171,9 @@ class Rollout:
 
     def _tell_ignored(self) -> list[Note]:
         """Whose offers do not count, once."""
-        before, self._ignored = self._ignored, self._choice.ignored
-        return [
-            Note(f"{self._name(peer_id)}: {why}")
-            for peer_id, why in self._ignored.items()
-            if before.get(peer_id) != why
-        ]
+        before, now = self._ignored, self._choice.ignored
+        self._ignored = now
+        return [Note(f"{self._name(p)}: {why}") for p, why in now.items() if before.get(p) != why]
 
     def _name(self, peer_id: str, members: Members | None = None) -> str:
         profile = (members or self._members).profiles.get(peer_id)
@@ -168,35 +186,13 @@ class Rollout:
         live = [r for r in self._running.values() if r.state.phase != "draining"]
         return sorted(live, key=lambda r: r.plan.id, reverse=True)
 
-    def _situation(self) -> object:
-        """All that a plan depends on. Free memory is only looked at while there is no plan: it
-        changes all the time, and most of all through the plan itself."""
-        digest = self.wanted.digest if self.wanted else ""
-        profiles = [
-            (
-                self._members.nature(profile.peer_id)[0],
-                profile.memory_available_bytes if memory else 0,
-                pace(profile, digest),
-            )
-            for memory in [not self._current()]
-            for profile in self._members.here
-        ]
-        choice, ranked = self._choice, self._ranked()
-        bars = self._failures.bars({shape.digest for shape in ranked})
-        return ranked, choice.why, choice.newest, choice.passed_over, profiles, bars
-
     def _ranked(self) -> list[ModelShape]:
-        """The models to try, in order. While nothing serves, one that failed again and again, or
-        that would interrupt another's loading to fail once more, waits until another one does."""
+        serves = any(running.serves for running in self._running.values())
+        return ranked(self._choice, self._failures, self._current(), serves)
 
-        def waits(shape: ModelShape) -> bool:
-            failed = self._failures.count(shape.digest)
-            others = any(r.plan.shape.digest != shape.digest for r in self._current())
-            return failed >= len(RETRY_S) or (failed > 0 and others)
-
-        if any(r.serves for r in self._running.values()):
-            return list(self._choice.shapes)
-        return sorted(self._choice.shapes, key=waits)
+    def _situation(self) -> object:
+        known = self._members, self._choice, self._ranked(), self._failures, self._shaky
+        return situation(*known, memory=not self._current())
 
     def _watch(self, now: float) -> None:
         """Wait for quiet after every change; there is nothing to do where all is as planned."""
@@ -208,7 +204,8 @@ class Rollout:
                 self._quiet_at = _NEVER
                 self._patience.begin()
                 return
-            self._quiet_at = self._patience.quiet_at(now)
+            settled_at = self._patience.quiet_at(now)
+            self._quiet_at = min(settled_at, now + _HASTE_S) if self._haste else settled_at
             # After a first failure it is worth a second's wait not to plan without the peer.
             retry_at = self._failures.deadline
             if retry_at <= now + RETRY_S[0]:
@@ -220,7 +217,7 @@ class Rollout:
         if wait_until > now:
             self._quiet_at = wait_until
             return []
-        self._quiet_at = _NEVER
+        self._quiet_at, self._haste = _NEVER, False
         self._patience.begin()
         self._seen = self._planned = self._situation()
         shapes = tuple(self._ranked())
@@ -233,6 +230,8 @@ class Rollout:
             shapes,
             {shape.digest: self._failures.barred(shape.digest) for shape in shapes},
             tuple(running.plan for running in self._current()),
+            self._shaky,
+            self._before,
         )
         return [Solve(question)]
 
@@ -277,7 +276,7 @@ class Rollout:
             for r in current
             if r is not same and not r.serves
         ]
-        cause, self._cause = self._cause or self._news(current, plan.split, gain), ""
+        cause, self._cause = self._cause or news(current, plan.split, gain, self._name), ""
         if same is not None:
             return notes
         self._number += 1
@@ -299,14 +298,6 @@ class Rollout:
             f"{newest} was pulled last, but {why[:700]}: serving {earlier}{shape.model}"
         )
 
-    def _news(self, current: list[Running], split: Split, gain: str) -> str:
-        """What has changed, in words, where nothing was lost."""
-        if not current:
-            return "all that it needs is here now"
-        joined = {w.peer_id for w in split.windows}.difference(current[0].plan.ring)
-        names = ", ".join(map(self._name, sorted(joined)))
-        return "; ".join([f"{names} joined"] * bool(names) + [gain] * bool(gain)) or "a new split"
-
     def _without(self, why: str) -> list[Note]:
         before, self._why_none = self._why_none, why[:1000]
         self._cause = ""  # the next plan comes of what ends this want
@@ -319,6 +310,12 @@ class Rollout:
         if running is None or peer_id not in running.plan.ring:
             return []
         running.take(peer_id, report, now)
+        if report.blamed in running.plan.ring:
+            why = "it computed numbers that are not finite, answer after answer"
+            return [self._fail(running, report.blamed, why, now)]
+        if report.phase == "failed" and report.lost in running.plan.ring:
+            lost = self._name(report.lost)
+            return [self._drop(running, f"{self._name(peer_id)} does not reach {lost} any more")]
         if fault := running.fault(peer_id, report):
             return [self._fail(running, peer_id, fault, now)]
         phase = running.state.phase
@@ -326,16 +323,10 @@ class Rollout:
             running.enter("linking", now)
         elif phase == "linking" and running.all_reached("linked"):
             running.enter("serving", now)
-            self._served = True
+            self._served, self._before = True, None
             self._retire(now, running)
             return [Note(f"plan {running.plan.id} serves on {len(running.plan.ring)} peers")]
-        elif (
-            phase == "draining"
-            and peer_id == running.plan.head
-            and report.active == 0
-            # By then every entry has heard that new answers go elsewhere.
-            and now - running.since >= self._timing.publish_s
-        ):
+        elif running.rests(self._timing, now):
             return [self._drop(running, "its last answer ended", keep_cause=True)]
         return []
 
@@ -347,6 +338,13 @@ class Rollout:
         draining = sorted(r.plan.id for r in self._running.values() if r.state.phase == "draining")
         for plan_id in draining[:-_DRAINING_MAX]:
             del self._running[plan_id]
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """Answers on plans that drain go over where a peer of the ring wants to go away."""
+        for running in self._running.values():
+            if running.state.phase == "draining" and self._members.leaving & set(running.plan.ring):
+                running.hurry()
 
     def _fail(self, running: Running, peer_id: str, why: str, now: float) -> Note:
         name = self._name(peer_id)
@@ -358,6 +356,8 @@ class Rollout:
 
     def _drop(self, running: Running, why: str, keep_cause: bool = False) -> Note:
         del self._running[running.plan.id]
+        if running.serves:
+            self._haste, self._before = True, running.plan
         if not keep_cause and running.state.phase != "draining":
             self._cause = why
             self._seen = self._planned = None  # think again, though all may soon be as it was
@@ -372,7 +372,9 @@ class Rollout:
                 why = f"nothing was heard of its progress while {running.state.phase}"
                 notes.append(self._fail(running, over, why, now))
             elif over == "":
-                notes.append(self._drop(running, "its answers took too long", keep_cause=True))
+                rests = running.rests(self._timing, now)
+                why = "its last answer ended" if rests else "its answers took too long"
+                notes.append(self._drop(running, why, keep_cause=True))
         return notes
 
     def _publish(self, now: float) -> list[Publish]:

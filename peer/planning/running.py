@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from peer.planning.plan import TERM_MAX, Phase, Plan, PlanState, Split, StageLin
 from peer.planning.profile import ModelShape, is_key
 from peer.protocol import Report
 
+HURRY_S = 0.5  # for every entry peer to hear that its answers are to go over
 NUMBER_MAX = TERM_MAX - 1_000_000  # of another's plan; so many of its own a coordinator can make
 
 
@@ -40,6 +42,21 @@ class Running:
         if phase == "linking":
             links = tuple(_link(p, self.reports[p]) for p in self.plan.ring)
         self.state, self.since = replace(self.state, phase=phase, links=links), now
+
+    def hurry(self) -> None:
+        """Its answers go over to the plan that serves: somebody in its ring wants to go away."""
+        self.state = replace(self.state, hurry=True)
+
+    def rests(self, timing: Timing, now: float) -> bool:
+        """Whether it drains, every entry peer has heard so, and no answer is left."""
+        heard_s = HURRY_S if self.state.hurry else timing.publish_s
+        head = self.reports.get(self.plan.head)
+        return (
+            self.state.phase == "draining"
+            and head is not None
+            and head.active == 0
+            and now - self.since >= heard_s
+        )
 
     def take(self, peer_id: str, report: Report, now: float) -> None:
         """Note a report, and whether it shows progress."""
@@ -70,7 +87,8 @@ class Running:
                     if self.reached(peer_id) != "linked":
                         yield self.since + timing.step_s, peer_id
             case "draining":
-                yield self.since + timing.drain_s, ""
+                hurries = self.state.hurry and self.rests(timing, math.inf)
+                yield self.since + (HURRY_S if hurries else timing.drain_s), ""
 
     def fault(self, peer_id: str, report: Report) -> str:
         """Why a report ends the plan, or ""."""

@@ -195,12 +195,12 @@ def test_memory_that_becomes_free_ends_a_lack_of_it() -> None:
     assert world.phases == {"3.1": "loading"}
 
 
-def test_a_failed_stage_is_tried_again_three_times_and_then_left_out_with_its_reason() -> None:
+def test_a_failed_stage_is_tried_again_twice_and_at_its_third_failure_left_out_with_its_reason() -> None:
     world = World(A, B)
     world.do(Elected(3))
     world.wait(TIMING.settle_s)
     waits = []
-    for _ in range(4):
+    for _ in range(3):
         while not (with_b := [s for s in world.rollout.states if B in s.plan.ring]):
             world.wait(0.05)
             world.obey(B)
@@ -209,7 +209,7 @@ def test_a_failed_stage_is_tried_again_three_times_and_then_left_out_with_its_re
         world.report(B, with_b[0], "failed", why="the engine is ill")
         assert all(B not in s.plan.ring for s in world.rollout.states)
         waits.append(world.now)
-    assert waits[:3] == pytest.approx([1.7, 4.7, 15.7], abs=0.2)
+    assert waits[:2] == pytest.approx([0.55, 5.05], abs=0.7)
     world.wait(590)
     world.obey()
     assert [s.plan.ring for s in world.rollout.states if s.phase == "serving"] == [(A,)]
