@@ -11,131 +11,29 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from peer.planning.plan import Plan, PlanId, PlanState, StageLink, StagePhase, check
+from peer.planning.duty_events import Action as Action
+from peer.planning.duty_events import ConnectStage as ConnectStage
+from peer.planning.duty_events import EndPlan as EndPlan
+from peer.planning.duty_events import Event as Event
+from peer.planning.duty_events import Exited as Exited
+from peer.planning.duty_events import Fetch as Fetch
+from peer.planning.duty_events import Fetched as Fetched
+from peer.planning.duty_events import Fetching as Fetching
+from peer.planning.duty_events import GoOver as GoOver
+from peer.planning.duty_events import Heard as Heard
+from peer.planning.duty_events import MemberJoined as MemberJoined
+from peer.planning.duty_events import MemberLost as MemberLost
+from peer.planning.duty_events import Serve as Serve
+from peer.planning.duty_events import StartStage as StartStage
+from peer.planning.duty_events import StopStage as StopStage
+from peer.planning.duty_events import Tell as Tell
+from peer.planning.duty_events import Tick as Tick
+from peer.planning.duty_events import Told as Told
+from peer.planning.duty_events import Underway as Underway
+from peer.planning.plan import PlanId, PlanState, StagePhase, check
 from peer.protocol import Plans, Report, StageNews
 
 STAGES_MAX = 4  # at once on a peer: one that serves, one that is to come, two that drain
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """The coordinator's state."""
-
-    plans: Plans
-
-
-@dataclass(frozen=True, slots=True)
-class Fetching:
-    """Parts are on their way."""
-
-    plan: PlanId
-    done_bytes: int
-    total_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """All parts that were asked for are here; or, with a reason, they cannot be had."""
-
-    plan: PlanId
-    why: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """News from this peer's stage of the plan."""
-
-    plan: PlanId
-    news: StageNews
-
-
-@dataclass(frozen=True, slots=True)
-class Exited:
-    """This peer's stage of the plan has ended by itself."""
-
-    plan: PlanId
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class MemberJoined:
-    """A peer is in reach from here."""
-
-    peer_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class MemberLost:
-    """A peer is out of reach from here. heard_by: one that still hears it, "" where none does."""
-
-    peer_id: str
-    why: str
-    heard_by: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed."""
-
-
-Event = Heard | Fetching | Fetched | Told | Exited | MemberJoined | MemberLost | Tick
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Get these parts of the plan's model."""
-
-    plan: Plan
-    parts: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StartStage:
-    """Start this peer's stage."""
-
-    state: PlanState
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectStage:
-    """Tell the stage where the next one is, and by which key the previous one comes."""
-
-    plan: PlanId
-    next: StageLink
-    previous_key: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopStage:
-    """End this peer's fetching and its stage of the plan, as far as they exist."""
-
-    plan: PlanId
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """To the coordinator."""
-
-    report: Report
-
-
-@dataclass(frozen=True, slots=True)
-class Serve:
-    """New answers go to this plan's head; link None: to nobody."""
-
-    plan: Plan | None
-    link: StageLink | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EndPlan:
-    """Answers on this plan end here, with this reason, where any are left."""
-
-    plan: PlanId
-    why: str
-
-
-Action = Fetch | StartStage | ConnectStage | StopStage | Tell | Serve | EndPlan
 
 
 @dataclass(slots=True)
@@ -182,8 +80,8 @@ class Duty:
                 actions = self._failed(plan, why)
             case MemberJoined(peer_id):
                 actions = self._joined(peer_id)
-            case MemberLost(peer_id, why):
-                actions = self._lost(peer_id, why)
+            case MemberLost(peer_id, why, heard_by):
+                actions = self._lost(peer_id, why, heard_by)
             case Tick():
                 actions = []
                 if self.deadline is not None and now >= self.deadline:
@@ -224,7 +122,16 @@ class Duty:
                 part_or_none.state = state
         for part in self.parts.values():
             actions += self._link(part)
-        return actions + self._serve()
+        return actions + self._serve() + self._ways(plans)
+
+    def _ways(self, plans: Plans) -> list[Action]:
+        """Where answers that wait, or that run on a plan that others want to leave, may go."""
+        coming = [state for state in plans.states if state.phase in ("loading", "linking")]
+        digests = dict.fromkeys(state.plan.shape.digest for state in coming)
+        return [
+            *(Underway(digest) for digest in digests),
+            *(GoOver(s.plan.id) for s in plans.states if s.phase == "draining" and s.hurry),
+        ]
 
     def _begin(self, state: PlanState) -> list[Action]:
         plan = state.plan
@@ -284,20 +191,27 @@ class Duty:
             compute_bytes=news.compute_bytes,
             active=news.active,
             timed=news.timed,
+            blamed=news.blamed[:16],
         )
         # Counts are told with the next repetition, except the end of the last answer: a plan that
         # drains may go then.
-        urgent = before.phase != news.phase or (before.active > 0) != (news.active > 0)
+        urgent = (
+            before.phase != news.phase
+            or (before.active > 0) != (news.active > 0)
+            or before.blamed != news.blamed
+        )
         return [*([Tell(part.report)] if urgent else []), *self._link(part)]
 
-    def _failed(self, plan: PlanId, why: str, of_another: bool = False) -> list[Action]:
+    def _failed(self, plan: PlanId, why: str, lost: str = "") -> list[Action]:
+        """The plan is over for this peer. lost: the peer that was lost, where that is why."""
         part = self.parts.get(plan)
         if part is None:
             return []
         part.dead = part.dead or why
-        if part.mine and not of_another:
+        if part.mine and not lost:
             self.trouble = why
-        part.of_another = of_another and not part.mine
+        part.of_another = bool(lost) and not part.mine
+        part.report = msgspec.structs.replace(part.report, lost=lost)
         actions: list[Action] = [self._report(part, "failed", why)] if part.mine else []
         return [*actions, EndPlan(plan, why), StopStage(plan), *self._serve()]
 
@@ -312,15 +226,29 @@ class Duty:
             self._serve()
         )
 
-    def _lost(self, peer_id: str, why: str) -> list[Action]:
+    def _lost(self, peer_id: str, why: str, heard_by: str) -> list[Action]:
         self._here.discard(peer_id)
         self._gone[peer_id] = why
         actions: list[Action] = []
         for plan_id, part in self.parts.items():
-            if peer_id in part.state.plan.ring and not part.dead:
+            if not part.dead and self._needs(part, peer_id, alive=bool(heard_by)):
                 lost = f"peer {peer_id} was lost: {why}"
-                actions += self._failed(plan_id, lost, of_another=True)
+                actions += self._failed(plan_id, lost, peer_id)
         return actions
+
+    def _needs(self, part: Part, peer_id: str, *, alive: bool) -> bool:
+        """Whether this peer's part of a plan is over without the other one. alive: it is out of
+        reach from here only, so what matters is whether this peer itself speaks to it."""
+        plan = part.state.plan
+        if peer_id not in plan.ring:
+            return False
+        if not part.mine:
+            return peer_id == plan.head  # of the others, the coordinator knows better
+        return not alive or peer_id in (
+            plan.head,
+            plan.before(self.peer_id),
+            plan.after(self.peer_id),
+        )
 
     def _report(self, part: Part, phase: StagePhase, why: str = "") -> Tell:
         part.report = msgspec.structs.replace(part.report, phase=phase, why=why[:1000])
@@ -343,9 +271,8 @@ class Duty:
         ):
             return []
         part.connected = True
-        ring = plan.ring
-        previous = ring[ring.index(self.peer_id) - 1]
-        return [ConnectStage(plan.id, links[plan.after(self.peer_id)], links[previous].key)]
+        previous = links[plan.before(self.peer_id)]
+        return [ConnectStage(plan.id, links[plan.after(self.peer_id)], previous.key)]
 
     def _serve(self) -> list[Action]:
         """Follow the newest plan that serves; open it for answers when it changes."""
@@ -374,6 +301,6 @@ class Duty:
             if peer_id in self._gone:
                 return f"peer {peer_id} was lost: {self._gone[peer_id]}"
         if part.state.phase == "draining":
-            return "the plan was replaced, and this answer did not end in the time that was left"
+            return "the plan was replaced"
         newer = [state.why for state in plans.states if state.plan.id > part.state.plan.id]
         return next((why for why in newer if why), "") or plans.why_none or "the plan was replaced"

@@ -140,6 +140,11 @@ class Plan(Value, frozen=True):
         ring = self.ring
         return ring[(ring.index(peer_id) + 1) % len(ring)]
 
+    def before(self, peer_id: str) -> str:
+        """The peer before it in the ring (itself where it is alone)."""
+        ring = self.ring
+        return ring[ring.index(peer_id) - 1]
+
 
 def check(plan: Plan) -> str:
     """What is wrong with a plan, or "". Every receiver asks before it acts on one.

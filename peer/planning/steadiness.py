@@ -29,9 +29,9 @@ class Steadiness:
 
     def lost(self, peer_id: str, now: float) -> None:
         """It was lost, and had not said that it goes."""
+        self._known = {p: known for p, known in self._known.items() if now - known.lost < FORGET_S}
         known = self._known.get(peer_id)
-        losses = known.losses + 1 if known and now - known.lost < FORGET_S else 1
-        self._known[peer_id] = _Known(losses, now)
+        self._known[peer_id] = _Known(known.losses + 1 if known else 1, now)
 
     def back(self, peer_id: str, now: float) -> None:
         """It is here (again)."""
