@@ -10,18 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peer.clockwork import Alarm, Lull, Turns
 from peer.cluster.driver import Cluster
 from peer.cluster.identity import Identity
-from peer.config import Config
-from peer.errors import ModelError, PeerError
+from peer.config import Config, Timing
+from peer.fetching import Fetching
 from peer.measuring import Measuring
 from peer.models import transfer
-from peer.models.manifest import Manifest
-from peer.models.parts import contradiction
 from peer.models.store import Store
 from peer.planning import duty as d
 from peer.planning import rollout as r
@@ -30,10 +28,8 @@ from peer.planning.plan import Plan, PlanId
 from peer.planning.profile import PEERS_MAX, Link, ModelOffer, ModelShape, Profile
 from peer.protocol import (
     Announce,
-    ChunkHere,
     ChunkWanted,
     Control,
-    ManifestHere,
     ManifestWanted,
     Plans,
     Report,
@@ -41,6 +37,7 @@ from peer.protocol import (
     StageNews,
 )
 from peer.ring.entry import Entry
+from peer.ring.generation import Offer, Patience
 from peer.ring.supervisor import Supervisor, physical_cores
 from peer.serving import Serving, Spawn
 
@@ -75,7 +72,7 @@ class Agent:
         self.unusable: dict[str, str] = {}  # why a model of the store cannot be offered, by digest
         self.supervisor = Supervisor(self._stage_told, self._stage_exited)
         self.entry = Entry(
-            identity.public.encode(), identity.secret.encode(), config.timing.step_s + 10
+            identity.public.encode(), identity.secret.encode(), _patience(config.timing)
         )
         self.serving = Serving(
             self.duty, self.entry, store, self._present_offers, self._waiting, spawn
@@ -86,7 +83,7 @@ class Agent:
         self._turns = Turns()
         self._duty_alarm = Alarm(lambda: self._duty(d.Tick()))
         self._rollout_alarm = Alarm(lambda: self._rollout(r.Tick()))
-        self._fetches: dict[PlanId, asyncio.Task[None]] = {}
+        self.fetching = Fetching(config, store, self.cluster, self.offers, self._fetched, spawn)
         self._hosts: dict[str, str] = {}  # by which members were reached last
 
     # From the cluster -------------------------------------------------------------------------
@@ -95,13 +92,14 @@ class Agent:
         """A peer is a member now."""
         self.lost_peers.pop(peer_id, None)
         self._hosts[peer_id] = self.cluster.address_of(peer_id) or "127.0.0.1"
+        self._out_of_reach(*(p for p in self.profiles[self.me].unreachable if p != peer_id))
         self.cluster.send(peer_id, self._announcement())
         self._admit()
         self._duty(d.MemberJoined(peer_id))
         self._members()
 
-    def lost(self, peer_id: str, why: str) -> None:
-        """A peer is a member no longer."""
+    def lost(self, peer_id: str, why: str, heard_by: str = "") -> None:
+        """A peer is a member no longer. heard_by: one that still hears it, "" where none does."""
         # What it told is kept: should it come back without having noticed, it will not tell again.
         profile = self.profiles.get(peer_id)
         self.lost_peers[peer_id] = (profile.name if profile else peer_id, why, time.monotonic())
@@ -110,8 +108,14 @@ class Agent:
             self.profiles.pop(forgotten, None)
             self.offers.pop(forgotten, None)
         self._admit()
-        self._duty(d.MemberLost(peer_id, why))
+        if heard_by:  # told before anything that follows from it
+            self._out_of_reach(*self.profiles[self.me].unreachable, peer_id)
+        self._duty(d.MemberLost(peer_id, why, heard_by))
         self._members()
+
+    def _out_of_reach(self, *peers: str) -> None:
+        """Tell the coordinator which peers others hear and this one does not."""
+        self.measuring.change(unreachable=tuple(sorted(set(peers)))[-PEERS_MAX:])
 
     def elected(self, coordinator: str, term: int) -> None:
         """Another peer, or this one, coordinates."""
@@ -173,8 +177,7 @@ class Agent:
 
     async def header(self, shape: ModelShape) -> Path:
         """The folder of a model of the cluster, once head.gguf is in it."""
-        await self._parts(shape.digest, ("head",), lambda done, total: None)
-        return self.store.folder(shape.digest)
+        return await self.fetching.header(shape)
 
     def _announcement(self) -> Announce:
         return Announce(self.profiles[self.me], tuple(self.offers[self.me])[:64])
@@ -255,7 +258,7 @@ class Agent:
     def _perform(self, action: d.Action) -> None:
         match action:
             case d.Fetch(plan, parts):
-                self._fetch(plan, parts)
+                self.fetching.begin(plan, parts)
             case d.StartStage(state):
                 self._spawn(self._start(state.plan), f"start of plan {state.plan.id}")
             case d.ConnectStage(plan_id, link, previous_key):
@@ -265,22 +268,26 @@ class Agent:
                     StageConnect(f"tcp://{host}:{link.ring_port}", link.key, previous_key),
                 )
             case d.StopStage(plan_id):
-                if fetch := self._fetches.pop(plan_id, None):
-                    fetch.cancel()
+                self.fetching.end(plan_id)
                 self.supervisor.stop(plan_id)
             case d.Tell(report):
                 self._tell(report)
             case d.Serve(None):
                 self.entry.serve(None)
+                self.serving.serve(None)
             case d.Serve(plan, link) if plan and link:
                 host = self._host_of(plan.head)
                 self.entry.open(plan.id, f"tcp://{host}:{link.submit_port}", link.key)
-                self.entry.serve(plan.id)
+                self.entry.serve(Offer(plan.id, plan.shape.digest, plan.split.context))
                 self.serving.serve(plan)
                 log.info("serving=%s plan=%s head=%s", plan.shape.model, plan.id, plan.head)
             case d.EndPlan(plan_id, why):
                 log.info("ended=plan plan=%s because=%s", plan_id, why)
                 self.entry.end(plan_id, self._named(why))
+            case d.GoOver(plan_id):
+                self.entry.go_over(plan_id)
+            case d.Underway(digest):
+                self.entry.underway(digest)
 
     def _host_of(self, peer_id: str) -> str:
         """The host by which this peer reaches another (or itself), as an address in a URL."""
@@ -300,51 +307,10 @@ class Agent:
 
     # Parts and stages -------------------------------------------------------------------------
 
-    def _fetch(self, plan: Plan, parts: tuple[str, ...]) -> None:
-        if running := self._fetches.pop(plan.id, None):
-            running.cancel()
-        self._fetches[plan.id] = self._spawn(
-            self._fetch_parts(plan, parts), f"parts of plan {plan.id}"
-        )
-
-    async def _fetch_parts(self, plan: Plan, parts: tuple[str, ...]) -> None:
-        def progress(done: int, total: int) -> None:
-            self._duty(d.Fetching(plan.id, done, total))
-
-        why = ""
-        try:
-            manifest = await self._parts(plan.shape.digest, parts, progress)
-            if lie := contradiction(manifest, plan.shape):
-                why = f"the plan states another `{lie}` for {manifest.model} than its manifest"
-                log.warning("refused=plan plan=%s because=%s", plan.id, why)
-        except (ModelError, PeerError) as error:
-            why = str(error)
-            log.warning("fetched=no plan=%s because=%s", plan.id, why)
-        self._fetches.pop(plan.id, None)
-        self._duty(d.Fetched(plan.id, why))
-        if not why:
-            self.serving.learn(plan)
-
-    async def _parts(
-        self, digest: str, parts: tuple[str, ...], progress: Callable[[int, int], None]
-    ) -> Manifest:
-        """Have these parts of a model here, from whoever has them. Raises ModelError, PeerError."""
-
-        def offers() -> Mapping[str, Sequence[str]]:
-            return {
-                peer_id: offer.parts
-                for peer_id, held in self.offers.items()
-                if peer_id in self.cluster.members
-                for offer in held
-                if offer.shape.digest == digest
-            }
-
-        async def ask(
-            peer_id: str, message: ManifestWanted | ChunkWanted
-        ) -> ManifestHere | ChunkHere:
-            return await self.cluster.ask(peer_id, message, self.config.timing.request_s)
-
-        return await transfer.fetch(self.store, digest, parts, offers, ask, progress)
+    def _fetched(self, event: d.Event) -> None:
+        self._duty(event)
+        if isinstance(event, d.Fetched) and not event.why and event.plan in self.duty.parts:
+            self.serving.learn(self.duty.parts[event.plan].state.plan)
 
     async def _start(self, plan: Plan) -> None:
         part = self.duty.parts.get(plan.id)
@@ -390,11 +356,15 @@ class Agent:
 
     async def close(self, why: str) -> None:
         """Leave the cluster, end stages, answers and words."""
-        for task in self._fetches.values():
-            task.cancel()
+        self.fetching.close()
         self._duty_alarm.set(None)
         self._rollout_alarm.set(None)
         await self.cluster.close(why)
         await self.entry.close()
         await self.supervisor.close()
         await self.serving.close()
+
+
+def _patience(timing: Timing) -> Patience:
+    """How long answers wait for heads and plans."""
+    return Patience(timing.step_s + 10, timing.wait_s, timing.load_s)

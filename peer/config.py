@@ -27,6 +27,7 @@ class Timing:
     beat_s: float = 1.0  # between heartbeats on a quiet link
     silence_s: float = 3.8  # without a beat a member is lost; > 3 beats, < the 5 s we promise
     regret_s: float = 1.0  # after a link broke, time for it to come back before the member is lost
+    doubt_s: float = 4.0  # more, where another peer hears the member still: it may be our own link
     dial_s: float = 3.0  # for a connection and its hello to succeed
     dial_again_max_s: float = 15.0  # between attempts to reach an address that does not answer
     listen_s: float = 1.5  # at start, listen for a coordinator before claiming; > beat_s
@@ -37,7 +38,11 @@ class Timing:
     load_s: float = 600.0  # for a stage to load and report ready, after its parts are there
     step_s: float = 120.0  # for one step to come around the ring
     request_s: float = 8.0  # for a peer to answer a control request
-    drain_s: float = 600.0  # for the answers on an old plan to finish
+    drain_s: float = 600.0  # for the answers on an old plan to finish; the rest goes over
+    wait_s: float = 30.0  # for an answer to go on, while nobody makes a plan that it could go on on
+    leave_s: float = 20.0  # for others to take over before an agent that is stopped ends
+    leave_quiet_s: float = 3.0  # for them to begin to; > settle_s and what a planner takes
+    sleep_s: float = 4.5  # for the same before sleep; < logind's InhibitDelayMaxSec, 5 s
     probe_soon_s: float = 0.5  # after a peer joined, at most, its link is measured
     probe_s: float = 60.0  # between measurements of a link
     probe_again_s: float = 5.0  # before trying again, where a measurement was put off or failed
@@ -75,10 +80,10 @@ class Config:
     def fast_test(cls, **changes: Any) -> Config:
         """Loopback, with waits as short as a busy test machine allows, and no multicast."""
         timing = Timing(
-            beat_s=0.2, silence_s=2.5, regret_s=0.4, dial_s=2.0, dial_again_max_s=1.0,
+            beat_s=0.2, silence_s=2.5, regret_s=0.4, doubt_s=1.5, dial_s=2.0, dial_again_max_s=1.0,
             listen_s=0.5, claim_spread_s=0.2, settle_s=0.2, publish_s=0.4, load_s=60.0,
-            step_s=20.0, request_s=4.0, drain_s=20.0, probe_soon_s=0.3, probe_s=30.0,
-            probe_again_s=0.3, probe_wait_max_s=10.0,
+            step_s=20.0, request_s=4.0, drain_s=20.0, wait_s=15.0, probe_soon_s=0.3, probe_s=30.0,
+            probe_again_s=0.3, probe_wait_max_s=10.0, leave_s=5.0, leave_quiet_s=0.8, sleep_s=1.0,
         )  # fmt: skip
         return cls.loopback(timing=timing, mdns=False, **changes)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -19,6 +21,8 @@ from peer.protocol import Sampling
 from peer.ring.entry import Entry
 
 log = logging.getLogger("halka.agent")
+
+HOPE_S = 10.0  # after a ring broke: by then another one is at least on its way
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 
@@ -44,16 +48,32 @@ class Serving:
         self._offers, self._waiting, self._spawn = offers, waiting, spawn
         self._texts: dict[str, Text] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
+        self._last: Plan | None = None  # that served, until another does
+        self._last_s = -math.inf  # until when it did
         self.errors: dict[str, str] = {}
+
+    def _plan(self) -> Plan | None:
+        """The plan that serves; while its ring is made anew, the one that did: who asks now waits
+        for it like the answers that were under way."""
+        if state := self._duty.serving():
+            return state.plan
+        last = self._last
+        if last is None:
+            return None
+        coming = any(
+            part.state.plan.shape.digest == last.shape.digest
+            for part in self._duty.parts.values()
+            if not part.dead and part.state.phase != "draining"
+        )
+        return last if coming or time.monotonic() - self._last_s < HOPE_S else None
 
     def models(self) -> list[ServedModel]:
         """Models that are whole somewhere in the cluster, the one that is served first."""
-        state = self._duty.serving()
-        served = state.plan.shape.digest if state else ""
+        plan = self._plan()
+        served = plan.shape.digest if plan else ""
         found: dict[str, ServedModel] = {}
-        if state:
-            context = state.plan.split.context
-            found[served] = ServedModel(state.plan.shape.model, 0, context, True)
+        if plan:
+            found[served] = ServedModel(plan.shape.model, 0, plan.split.context, True)
         for offer in self._offers():
             shape, digest = offer.shape, offer.shape.digest
             known = found.get(digest)
@@ -79,10 +99,10 @@ class Serving:
         return self._waiting() or "the cluster is still forming; try again in a moment"
 
     def _plan_of(self, model_id: str) -> Plan:
-        state = self._duty.serving()
-        if state is None or state.plan.shape.model != model_id:
+        plan = self._plan()
+        if plan is None or plan.shape.model != model_id:
             raise NoPlan(self.why_not())
-        return state.plan
+        return plan
 
     def context(self, model_id: str) -> int:
         """Tokens of one request at most."""
@@ -100,8 +120,12 @@ class Serving:
             raise NoPlan(self.errors.get(digest, "the model's words are on their way"))
         return text
 
-    def serve(self, plan: Plan) -> None:
-        """This plan serves now: no words but its model's are wanted any more."""
+    def serve(self, plan: Plan | None) -> None:
+        """This plan serves now: no words but its model's are wanted any more. None: nothing."""
+        if plan is None:
+            self._last_s = time.monotonic()
+            return
+        self._last = plan
         self.learn(plan)
         for digest in [known for known in self._texts if known != plan.shape.digest]:
             self._spawn(self._texts.pop(digest).close(), f"end of the words of {digest[:12]}")
@@ -139,8 +163,9 @@ class Serving:
         ends: tuple[int, ...],
     ) -> AsyncGenerator[Piece, None]:
         """The answer to a prompt as it is made; see `api.service.Service`."""
-        self._plan_of(model_id)
-        async with aclosing(self._entry.answer(tuple(ids), sampling, tokens_max, ends)) as given:
+        digest = self._plan_of(model_id).shape.digest
+        asked = self._entry.answer(tuple(ids), sampling, tokens_max, ends, digest)
+        async with aclosing(asked) as given:
             async for piece in given:
                 yield Piece(piece.ids, piece.finish)
 

@@ -1,6 +1,7 @@
 """The entry peer's side of answers: one DEALER to the head of each plan that serves or drains.
 
-A shell: it turns messages and the clock into events of `generation` and sends what comes out.
+A shell: it turns messages, plans and the clock into events of `generation` and sends what comes
+out. Answers outlive plans and links: they end here only when they are whole, or cannot go on.
 """
 
 from __future__ import annotations
@@ -21,21 +22,26 @@ from peer.protocol import MESSAGE_BYTES_MAX, Sampling, Tokens, Unanswered, decod
 from peer.ring.generation import (
     Action,
     Arrived,
-    Begin,
     ClientGone,
+    Continued,
     Event,
     Fail,
     Generation,
     Give,
+    GoOver,
+    LinkBroke,
+    Offer,
+    Patience,
     PlanLost,
     Send,
+    Serves,
     Tick,
+    Underway,
 )
 from peer.ring.sockets import as_client
 
 log = logging.getLogger("halka.ring")
 
-_REASON_S = 3.0  # for a better reason than a broken link to arrive: a peer or its stage died
 _READ_AHEAD = 4096  # tokens that a slow client may lag behind before its answer ends
 
 
@@ -57,19 +63,25 @@ class _Answer:
 class Entry:
     """Sends answers to heads and hands out their tokens. keys: the agent's CURVE pair."""
 
-    def __init__(self, public: bytes, secret: bytes, silence_s: float) -> None:
-        self._public, self._secret, self._silence_s = public, secret, silence_s
+    def __init__(self, public: bytes, secret: bytes, patience: Patience) -> None:
+        self._public, self._secret, self._patience = public, secret, patience
         self._context = zmq.asyncio.Context()
         self._heads: dict[PlanId, _Head] = {}
         self._answers: dict[str, _Answer] = {}
-        self._serving: PlanId | None = None
+        self._offer: Offer | None = None
         self.served = 0
         self.failed = 0
+        self.continued = 0  # times that an answer went on on another ring
 
     @property
     def running(self) -> int:
         """Answers that are under way."""
         return len(self._answers)
+
+    @property
+    def waiting(self) -> int:
+        """Of these, answers that wait for a plan that serves."""
+        return sum(answer.machine.plan is None for answer in self._answers.values())
 
     def open(self, plan: PlanId, address: str, key: str) -> None:
         """Make a link to a plan's head. address: tcp://host:port; key: the stage's public key."""
@@ -85,16 +97,25 @@ class Entry:
         )
         self._heads[plan] = _Head(plan, socket, tasks)
 
-    def serve(self, plan: PlanId | None) -> None:
-        """New answers go to this plan's head."""
-        self._serving = plan if plan in self._heads else None
+    def serve(self, offer: Offer | None) -> None:
+        """New answers, and those that wait, go to this plan's head; None: they wait."""
+        self._offer = offer if offer and offer.plan in self._heads else None
+        self._take_all(Serves(self._offer))
+
+    def underway(self, digest: str) -> None:
+        """A plan for this model is being made ready: answers that wait for it may wait longer."""
+        self._take_all(Underway(digest))
+
+    def go_over(self, plan: PlanId) -> None:
+        """Answers leave this plan for the one that serves."""
+        self._take_all(GoOver(plan))
 
     def end(self, plan: PlanId, why: str) -> None:
-        """The plan is over: so are its answers, with this reason."""
-        for request in list(self._answers):
-            self._take(request, PlanLost(plan, why))
-        if self._serving == plan:
-            self._serving = None
+        """The plan is over, for this reason: its answers wait for the next one."""
+        if self._offer and self._offer.plan == plan:
+            self._offer = None
+            self._take_all(Serves(None))
+        self._take_all(PlanLost(plan, why))
         if head := self._heads.pop(plan, None):
             for task in head.tasks:
                 task.cancel()
@@ -107,19 +128,19 @@ class Entry:
         sampling: Sampling,
         tokens_max: int,
         ends: tuple[int, ...],
+        digest: str,
     ) -> AsyncGenerator[Give, None]:
-        """Tokens as they come. Closing the iterator cancels the answer in every stage.
+        """Tokens as they come, of whichever plan serves the model with this digest. Closing the
+        iterator cancels the answer in every stage.
 
-        Raises: NoPlan where nothing serves or the ring is full, RequestError, AnswerFailed.
+        Raises: NoPlan where the ring is full, RequestError, AnswerFailed.
         """
-        if self._serving is None:
-            raise NoPlan("no ring serves at this moment")
         request = secrets.token_hex(12)
-        machine = Generation(request, prompt, sampling, tokens_max, ends, self._silence_s)
+        machine = Generation(request, prompt, sampling, tokens_max, ends, digest, self._patience)
         answer = self._answers[request] = _Answer(machine)
         begun = False
         try:
-            self._take(request, Begin(self._serving))
+            self._take(request, Serves(self._offer))
             while True:
                 given = await self._next(request, answer)
                 if isinstance(given, Fail):
@@ -139,13 +160,19 @@ class Entry:
 
     async def _next(self, request: str, answer: _Answer) -> Give | Fail:
         while answer.queue.empty():
+            # Looked at again at the latest after a second: the machine may be in another hurry by
+            # then, because of an event that was not for this queue.
             deadline = answer.machine.deadline
-            wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            wait_s = 1.0 if deadline is None else min(1.0, max(0.0, deadline - time.monotonic()))
             try:
                 return await asyncio.wait_for(answer.queue.get(), wait_s)
             except TimeoutError:
                 self._take(request, Tick())
         return answer.queue.get_nowait()  # `wait_for` of nothing left would not even look
+
+    def _take_all(self, event: Event) -> None:
+        for request in list(self._answers):
+            self._take(request, event)
 
     def _take(self, request: str, event: Event) -> None:
         answer = self._answers.get(request)
@@ -157,13 +184,17 @@ class Entry:
     def _perform(self, answer: _Answer, action: Action) -> None:
         match action:
             case Send(message):
-                if head := self._heads.get(message.plan):
-                    # Never waits: a full queue means that the head is gone or far behind.
-                    sent = asyncio.ensure_future(head.socket.send(encode(message), zmq.NOBLOCK))
-                    if sent.done() and (error := sent.exception()):
-                        log.warning("sent=no to=head plan=%s because=%s", message.plan, error)
-                        why = "the head of the ring is out of reach or far behind"
-                        self._take(message.request, PlanLost(message.plan, why))
+                head = self._heads.get(message.plan)
+                if head is None:
+                    return self._take(answer.machine.request, LinkBroke(message.plan))
+                # Never waits: a full queue means that the head is gone or far behind.
+                sent = asyncio.ensure_future(head.socket.send(encode(message), zmq.NOBLOCK))
+                if sent.done() and (error := sent.exception()):
+                    log.warning("sent=no to=head plan=%s because=%s", message.plan, error)
+                    self._take(answer.machine.request, LinkBroke(message.plan))
+            case Continued(plan, delivered, why):
+                self.continued += 1
+                log.info("answer=continued plan=%s tokens=%d because=%s", plan, delivered, why)
             case Give() | Fail():
                 if answer.queue.qsize() == _READ_AHEAD:
                     self._take(answer.machine.request, ClientGone())
@@ -179,20 +210,20 @@ class Entry:
                 log.warning("dropped=message from=head plan=%s because=%s", plan, error)
                 continue
             if isinstance(message, Tokens | Unanswered) and message.plan == plan:
-                self._take(message.request, Arrived(message))
+                self._take(message.request.rpartition(".")[0], Arrived(message))
 
     async def _watch(self, plan: PlanId, monitor: zmq.asyncio.Socket) -> None:
         """The head knows this peer by its connection: after a new one it cannot go on with answers
         that began on the old one, and it will not say so."""
         while True:
             await monitor.recv_multipart()
-            begun = list(self._answers)
-            await asyncio.sleep(_REASON_S)
-            for request in begun:
-                self._take(request, PlanLost(plan, "the link to the head of the ring broke"))
+            self._take_all(LinkBroke(plan))
 
     async def close(self) -> None:
         """End all answers and links."""
+        for answer in list(self._answers.values()):
+            self._take(answer.machine.request, ClientGone())
+            answer.queue.put_nowait(Fail("failed", "this peer is going away"))
         heads = list(self._heads.values())
         for head in heads:
             self.end(head.plan, "this peer is going away")
@@ -204,6 +235,6 @@ class Entry:
 def _error(given: Fail, begun: bool) -> Exception:
     if given.code == "invalid":
         return RequestError(given.why)
-    if given.code in ("busy", "stale") and not begun:
+    if given.code == "busy" and not begun:
         return NoPlan(given.why)
     return AnswerFailed(given.why)

@@ -96,9 +96,13 @@ class Head:
             )
 
     def admit(self, keys: Collection[str]) -> None:
-        """Only agents with these keys wait for answers from now on; the others are gone."""
+        """Only agents with these keys wait for answers from now on; the others are gone, or were
+        out of reach for so long that they are told to ask anew when they hear of it."""
         for key in self._asked():
             if self._keys.get(key[0]) not in keys:
+                self._perform(
+                    schedule.Refuse(key, "stale", "this peer was out of the head's reach")
+                )
                 self.take(schedule.Cancelled(key))
         active = {owner for owner, _ in self._asked()}
         self._keys = {owner: key for owner, key in self._keys.items() if owner in active}

@@ -1,0 +1,107 @@
+"""Parts of models on their way to this peer, for its plans and for whoever asks. A shell."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from peer.cluster.driver import Cluster
+from peer.config import Config
+from peer.errors import ModelError, PeerError
+from peer.models import transfer
+from peer.models.manifest import Manifest
+from peer.models.parts import contradiction
+from peer.models.store import Store
+from peer.planning import duty as d
+from peer.planning.plan import Plan, PlanId
+from peer.planning.profile import ModelOffer, ModelShape
+from peer.protocol import ChunkHere, ChunkWanted, ManifestHere, ManifestWanted
+from peer.serving import Spawn
+
+log = logging.getLogger("halka.agent")
+
+
+class Fetching:
+    """What is fetched. offers: of all peers, by peer id. told: hears how far plans' parts are, as
+    events of `duty`. spawn: starts a task in the daemon's TaskGroup."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        cluster: Cluster,
+        offers: Mapping[str, Sequence[ModelOffer]],
+        told: Callable[[d.Event], None],
+        spawn: Spawn,
+    ) -> None:
+        self._config, self._store, self._cluster = config, store, cluster
+        self._offers, self._told, self._spawn = offers, told, spawn
+        self._tasks: dict[PlanId, asyncio.Task[None]] = {}
+
+    @property
+    def running(self) -> bool:
+        """Whether parts of a plan are on their way."""
+        return bool(self._tasks)
+
+    def begin(self, plan: Plan, parts: tuple[str, ...]) -> None:
+        """Fetch these parts of a plan's model, instead of those asked for before."""
+        self.end(plan.id)
+        work = self._for_plan(plan, parts)
+        self._tasks[plan.id] = self._spawn(work, f"parts of plan {plan.id}")
+
+    def end(self, plan: PlanId) -> None:
+        """The plan does not want its parts any more."""
+        if task := self._tasks.pop(plan, None):
+            task.cancel()
+
+    def close(self) -> None:
+        """End everything."""
+        for plan in list(self._tasks):
+            self.end(plan)
+
+    async def _for_plan(self, plan: Plan, parts: tuple[str, ...]) -> None:
+        def progress(done: int, total: int) -> None:
+            self._told(d.Fetching(plan.id, done, total))
+
+        why = ""
+        try:
+            manifest = await self.parts(plan.shape.digest, parts, progress)
+            if lie := contradiction(manifest, plan.shape):
+                why = f"the plan states another `{lie}` for {manifest.model} than its manifest"
+                log.warning("refused=plan plan=%s because=%s", plan.id, why)
+        except (ModelError, PeerError) as error:
+            why = str(error)
+            log.warning("fetched=no plan=%s because=%s", plan.id, why)
+        self._tasks.pop(plan.id, None)
+        self._told(d.Fetched(plan.id, why))
+
+    async def parts(
+        self,
+        digest: str,
+        parts: Sequence[str],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Manifest:
+        """Have these parts of a model here, from whoever has them. Raises ModelError, PeerError."""
+
+        def offers() -> Mapping[str, Sequence[str]]:
+            return {
+                peer_id: offer.parts
+                for peer_id, held in self._offers.items()
+                if peer_id in self._cluster.members
+                for offer in held
+                if offer.shape.digest == digest
+            }
+
+        async def ask(
+            peer_id: str, message: ManifestWanted | ChunkWanted
+        ) -> ManifestHere | ChunkHere:
+            return await self._cluster.ask(peer_id, message, self._config.timing.request_s)
+
+        return await transfer.fetch(self._store, digest, parts, offers, ask, progress)
+
+    async def header(self, shape: ModelShape) -> Path:
+        """The folder of a model of the cluster, once head.gguf is in it."""
+        await self.parts(shape.digest, ("head",))
+        return self._store.folder(shape.digest)
