@@ -173,8 +173,11 @@ class Generation:
                     self._give_up_at = min(now + self.patience.plan_s, most)
             case Arrived(message):
                 actions += self._arrived(message, now)
-            case PlanLost(plan, why) if plan == self.plan:
-                self._wait(why, now)
+            case PlanLost(plan, why):
+                if self._offer is not None and self._offer.plan == plan:
+                    self._offer = None
+                if plan == self.plan:
+                    self._wait(why, now)
             case LinkBroke(plan) if plan == self.plan:
                 self._wait("the link to the head of the ring broke", now, AGAIN_S)
             case GoOver(plan) if plan == self.plan and self._is_elsewhere(plan):
