@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ def chat(question: str, tokens: int, **more: Any) -> dict[str, Any]:
 class Answer(threading.Thread):
     """One streamed answer, read in a thread of its own until it ends in whatever way.
 
-    texts: one a delta. finish: of the last choice. error: of an error event. done: [DONE] came.
-    whole: the body ended as HTTP says it should; else broken says how it did.
+    texts: one a delta; arrived: when each came. finish: of the last choice. error: of an error
+    event. done: [DONE] came. whole: the body ended as HTTP says it should; else broken says how it did.
     """
 
     def __init__(self, agent: Agent, question: str, tokens: int, **more: Any) -> None:
         super().__init__(name=f"answer of agent {agent.number}", daemon=True)
         self.texts: list[str] = []
+        self.arrived: list[float] = []
         self.finish, self.error, self.broken, self.model = "", "", "", ""
         self.code, self.done, self.whole = 0, False, False
         self.ended_s = 0.0
@@ -57,6 +59,11 @@ class Answer(threading.Thread):
     def text(self) -> str:
         """So far."""
         return "".join(self.texts)
+
+    @property
+    def pause_s(self) -> float:
+        """The longest wait between two deltas."""
+        return max((b - a for a, b in pairwise(self.arrived)), default=0.0)
 
     @property
     def looks_finished(self) -> bool:
@@ -121,6 +128,7 @@ class Answer(threading.Thread):
         for choice in event["choices"]:
             if text := choice["delta"].get("content"):
                 self.texts.append(text)
+                self.arrived.append(time.monotonic())
             self.finish = choice["finish_reason"] or self.finish
 
 

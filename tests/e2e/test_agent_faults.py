@@ -1,7 +1,7 @@
 """What dies, hangs or fills up takes nothing else with it, is noticed, and is made up for.
 
-Each test kills one kind of process while answers are in flight: the others stay up, answers end
-with the reason and never look finished, and the next question is answered rightly.
+Each test kills one kind of process while answers are in flight: the others stay up, answers go on
+to their right end as if nothing had been, and the next question is answered rightly.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ KILLED_S = 3.0  # a killed peer is noticed within
 SILENT_S = 5.0  # one that is silent
 MODEL = "steady-f32"
 TOKENS = 12
+LONG = 400  # tokens; some ten seconds
 
 
 class Ring(House):
@@ -89,14 +90,14 @@ def pids(agents: Sequence[Agent]) -> list[int]:
     return [agent.pid for agent in agents]
 
 
-def failed_well(answers: Sequence[Answer], *words: str) -> None:
-    """Each ended with an error event that says why, and never looks finished."""
+def went_on(ring: Ring, answers: Sequence[Answer]) -> None:
+    """Each is whole, right, and ended as any other."""
     for answer in answers:
-        answer.ended(15)
-        assert answer.texts
-        assert not answer.looks_finished, answer.text
-        assert answer.error, answer.broken
-        assert any(word in answer.error for word in words), answer.error
+        answer.ended()
+        assert not answer.error, answer.error
+        assert not answer.broken, answer.broken
+        assert (answer.finish, answer.done) == ("length", True)
+        assert answer.text == told(ring.model, "q0", LONG)
 
 
 def gone(processes: Sequence[psutil.Process], within_s: float) -> None:
@@ -110,12 +111,10 @@ def test_a_killed_stage_is_made_up_for(ring: Ring, place: str) -> None:
     plan = ring.serving()
     before = pids(ring.agents)
     owner = ring.ring()[["head", "middle", "tail"].index(place)]
-    answers = flowing(ring.agents)
-    at = time.monotonic()
+    answers = flowing(ring.agents, tokens=LONG)
     owner.stage(plan).kill()
-    failed_well(answers, "SIGKILL", "killed by hand")
-    assert max(answer.ended_s for answer in answers) - at < KILLED_S
     until(lambda: ring.serves(ring.agents) not in ("", plan), 30, "all three serve another plan")
+    went_on(ring, answers)
     assert pids(ring.agents) == before
     ring.answers_rightly(*ring.agents)
 
@@ -168,7 +167,7 @@ def test_a_killed_agent_is_noticed_and_planned_without(ring: Ring, role: str) ->
     victim = first if role == "coordinator" else others[0]
     rest = ring.others(victim)
     before = pids(rest)
-    answers = flowing(rest)
+    answers = flowing(rest, tokens=LONG)
     with openai.OpenAI(base_url=victim.url, api_key="none", max_retries=0) as client:
         stream = client.chat.completions.create(**chat("of the dead", 3000), stream=True)
         chunks = iter(stream)
@@ -180,7 +179,7 @@ def test_a_killed_agent_is_noticed_and_planned_without(ring: Ring, role: str) ->
         with pytest.raises(openai.APIError):
             assert [chunk.choices[0].finish_reason for chunk in chunks] == ["never"]
     assert loses(ring, victim, KILLED_S, at) == rest
-    failed_well(answers, "was lost")
+    went_on(ring, answers)
     assert pids(rest) == before
     ring.answers_rightly(*rest)
     assert all(agent.running() == 0 for agent in rest)
@@ -200,13 +199,13 @@ def test_a_silent_peer_is_noticed_and_comes_back(ring: Ring, role: str) -> None:
     first = ring.coordinator()
     victim = first if role == "coordinator" else ring.others(first)[1]
     rest = ring.others(victim)
-    answers = flowing(rest)
+    answers = flowing(rest, tokens=LONG)
     stopped = [victim.pid, *(stage.pid for stage in victim.processes(STAGE))]
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     try:
         loses(ring, victim, SILENT_S, time.monotonic())
-        failed_well(answers, "was lost")
+        went_on(ring, answers)
         ring.answers_rightly(*rest)
     finally:
         for pid in stopped:
