@@ -40,7 +40,8 @@ class Answer(threading.Thread):
     """One streamed answer, read in a thread of its own until it ends in whatever way.
 
     texts: one a delta; arrived: when each came. finish: of the last choice. error: of an error
-    event. done: [DONE] came. whole: the body ended as HTTP says it should; else broken says how it did.
+    event. done: [DONE] came. whole: the body ended as HTTP says it should; else broken says how it
+    did.
     """
 
     def __init__(self, agent: Agent, question: str, tokens: int, **more: Any) -> None:
