@@ -110,16 +110,23 @@ class Duty:
         self.why_none = plans.why_none
         actions: list[Action] = []
         listed = {state.plan.id: state for state in plans.states}
-        for plan_id in [p for p in self.parts if p not in listed]:
-            part = self.parts.pop(plan_id)
+        for plan_id, part in list(self.parts.items()):
+            # Two coordinators that could not hear each other may have used the same number: what
+            # was heard of the one is not the other's plan.
+            if plan_id in listed and listed[plan_id].plan == part.state.plan:
+                continue
+            del self.parts[plan_id]
             if not part.dead:
                 actions += [EndPlan(plan_id, self._end_of(part, plans)), StopStage(plan_id)]
+            if plan_id in listed and plan_id == self._serving:
+                self._serving = None
+                actions.append(Serve(None))
         for plan_id, state in listed.items():
-            part_or_none = self.parts.get(plan_id)
-            if part_or_none is None:
+            known = self.parts.get(plan_id)
+            if known is None:
                 actions += self._begin(state)
-            elif part_or_none.state.plan == state.plan:
-                part_or_none.state = state
+            else:
+                known.state = state
         for part in self.parts.values():
             actions += self._link(part)
         return actions + self._serve() + self._ways(plans)

@@ -282,3 +282,15 @@ def test_answers_on_a_plan_that_is_in_a_hurry_are_to_go_over() -> None:
     before = PlanState(PLAN, "draining", links(PLAN), hurry=True)
     actions = machine.step(heard(before, state(after, "serving")), 3)
     assert actions.index(GoOver(PLAN.id)) > actions.index(Serve(after, links(after)[0]))
+
+
+def test_another_coordinators_plan_of_the_same_number_is_another_plan() -> None:
+    machine = make()
+    serving(machine)
+    twin = replace(plan(6, 12), coordinator=PEERS[2])
+    assert twin.id == PLAN.id
+    actions = machine.step(heard(state(twin, "serving")), 0)
+    assert [type(action) for action in actions] == [EndPlan, StopStage, Serve, Fetch, Serve]
+    assert actions[2] == Serve(None)
+    assert actions[-1] == Serve(twin, links(twin)[0])
+    assert machine.step(heard(state(twin, "serving")), 0) == []
