@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     pull = _word(words, "pull", "get a model: a GGUF file, or smollm2")
     pull.add_argument("model", help="path of a GGUF file, or smollm2 (a small one, to try halka)")
     _plan(_word(words, "plan", "who runs which layers, and why; what if"))
+    _word(words, "leave", "stop this machine's agent once others have taken over; Ctrl-C: stay")
     return top
 
 

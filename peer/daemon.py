@@ -1,7 +1,8 @@
 """`halka run`: builds every object, owns the one TaskGroup, the signals and the readiness.
 
 Order of life: settings → identity (and the lock on HALKA_HOME) → store → what this machine can do →
-cluster → HTTP → ready. Order of death: HTTP first, so that no new answer begins, then the rest.
+cluster → HTTP → ready. Order of death: new answers are refused while others take over what this
+peer runs (`leaving`), then HTTP ends, then the rest.
 """
 
 from __future__ import annotations
@@ -14,23 +15,29 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from peer import VERSION, notify, report
 from peer.agent import Agent
 from peer.api.server import Server
+from peer.api.service import Piece
 from peer.clockwork import Retries
 from peer.cluster.identity import Identity
 from peer.config import Config
-from peer.errors import ConfigError, HalkaError, ModelError
+from peer.errors import ConfigError, HalkaError, ModelError, NoPlan
+from peer.leaving import Parting
 from peer.logs import harmless
 from peer.models.store import Store, Stored
 from peer.planning import survey
+from peer.planning.leaving import Reason
 from peer.planning.profile import ModelOffer, ModelShape
+from peer.protocol import Sampling
+from peer.sleep import Sleep
 
 log = logging.getLogger("halka.agent")
 
@@ -90,6 +97,7 @@ class Daemon:
         self.started = time.monotonic()
         self.stop = asyncio.Event()
         self.server: Server | None = None
+        self.parting: Parting | None = None
         self._shapes: dict[str, ModelShape] = {}
         self._measuring = Retries(MEASURE_AGAIN_S, MEASURE_AGAIN_MAX_S)
 
@@ -97,7 +105,7 @@ class Daemon:
         """From the first object to the last goodbye."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop.set)
+            loop.add_signal_handler(number, self._signalled)
         store = await asyncio.to_thread(Store, self.config.home)
         if not (engines := await survey.engines(self.config)):
             self._measuring.failed("engines", time.monotonic())
@@ -113,10 +121,14 @@ class Daemon:
             self.agent = agent
             try:
                 await self._begin(agent)
+                parting = self.parting = Parting(agent, self._may_go)
                 helpers = [
                     spawn(agent.cluster.run(), "cluster"),
+                    spawn(parting.run(), "leaving"),
+                    spawn(Sleep(parting).run(), "sleep"),
                     spawn(agent.plan(), "planner"),
                     spawn(agent.measuring.run(), "measuring"),
+                    spawn(agent.sparing.run(), "spare parts"),
                     spawn(self._watch_store(agent, store), "store"),
                     spawn(self._tell_service_manager(agent), "service manager"),
                 ]
@@ -129,6 +141,21 @@ class Daemon:
                 helper.cancel()
         log.info("agent=stopped")
         return 0
+
+    def _signalled(self) -> None:
+        """The first signal lets others take over, the second ends everything at once."""
+        if self.parting is None or "stop" in self.parting.reasons:
+            self.stop.set()
+            return
+        notify.stopping("leaving")
+        self.parting.wish("stop")
+        if not self.stop.is_set():
+            log.info("agent=leaving hint=a second signal ends it at once")
+
+    def _may_go(self, reason: Reason) -> None:
+        """Nothing is waited for any more."""
+        if reason != "sleep":
+            self.stop.set()
 
     async def _begin(self, agent: Agent) -> None:
         await agent.cluster.start()
@@ -186,7 +213,8 @@ class Daemon:
             return
         if engines := await survey.engines(self.config):
             profile = await asyncio.to_thread(survey.profile, self.config, agent.me, engines)
-            profile = replace(profile, links=agent.profiles[agent.me].links)
+            mine = agent.profiles[agent.me]
+            profile = replace(profile, links=mine.links, leaving=mine.leaving)
             log.info("engines=%s", ",".join(engine.device for engine in engines))
             agent.introduce(profile)
             self._measuring.worked("engines")
@@ -218,7 +246,9 @@ class Daemon:
             notify.alive()
             serving = agent.duty.serving()
             model = serving.plan.shape.model if serving else "nothing yet"
-            notify.status(f"{len(agent.cluster.members) + 1} peers, serving {model}")
+            leaving = self.parting.told() if self.parting else ""
+            serves = f"{len(agent.cluster.members) + 1} peers, serving {model}"
+            notify.status(leaving or serves)
             await asyncio.sleep(min(every_s or STATUS_S, STATUS_S))
 
 
@@ -229,7 +259,38 @@ class _Service:
         self._agent, self._daemon = agent, daemon
         serving = agent.serving
         self.models, self.text, self.context = serving.models, serving.text, serving.context
-        self.answer = serving.answer
+
+    def answer(
+        self,
+        request_id: str,
+        model_id: str,
+        ids: Sequence[int],
+        sampling: Sampling,
+        tokens_max: int,
+        ends: tuple[int, ...],
+    ) -> AsyncGenerator[Piece, None]:
+        """See `api.service.Service`. Raises NoPlan while this peer goes away."""
+        if why := self.leaving():
+            raise NoPlan(why)
+        return self._agent.serving.answer(request_id, model_id, ids, sampling, tokens_max, ends)
+
+    def leaving(self) -> str:
+        """Why new answers are refused, or ""."""
+        return self._daemon.parting.refuses if self._daemon.parting else ""
+
+    async def leave(self) -> AsyncGenerator[Mapping[str, Any], None]:
+        """Go away once others have taken over."""
+        if (parting := self._daemon.parting) is None:
+            raise NoPlan("the agent is still starting; try again in a moment")
+        parting.wish("leave")
+        async with contextlib.aclosing(parting.progress()) as steps:
+            async for step in steps:
+                yield msgspec.to_builtins(step)
+
+    def stay(self) -> None:
+        """Take that back."""
+        if self._daemon.parting:
+            self._daemon.parting.stay("leave")
 
     def status(self) -> Mapping[str, Any]:
         """The whole status."""

@@ -22,8 +22,9 @@ class _Server(ThreadingHTTPServer):
 
 class AgentDouble:
     """`answers`: path → body (bytes, or anything JSON) or (status, body). `stream`: what a chat
-    sends, by calling its argument with bytes. `asked`: bodies of the chats. `gone`: set when a
-    client left before its stream was over.
+    sends, by calling its argument with bytes. `asked`: bodies of the chats. `posted`: paths of all
+    that was posted; those among `answers` get that. `gone`: set when a client left before its
+    stream was over.
     """
 
     def __init__(self, **answers: Any) -> None:
@@ -31,6 +32,7 @@ class AgentDouble:
         self.stream: Callable[[Write], None] = lambda write: None
         self.refusal: tuple[int, Any] | None = None
         self.asked: list[dict[str, Any]] = []
+        self.posted: list[str] = []
         self.gone = threading.Event()
 
     def __enter__(self) -> AgentDouble:
@@ -63,6 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         double = self.server.double
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        double.posted.append(self.path)
+        if self.path in double.answers:
+            return self._send(200, double.answers[self.path])
         double.asked.append(json.loads(body))
         if double.refusal:
             return self._send(*double.refusal)

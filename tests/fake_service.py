@@ -76,6 +76,8 @@ class FakeService:
     the_plan: dict[str, Any] | None = field(default_factory=lambda: {"windows": []})
     asked: list[Asked] = field(default_factory=list)
     running: int = 0
+    going: str = ""  # why new answers are refused
+    steps: list[dict[str, Any]] = field(default_factory=list)  # of `leave`
 
     def models(self) -> list[ServedModel]:
         return self.served
@@ -114,6 +116,18 @@ class FakeService:
 
     def profiles(self) -> Mapping[str, Any]:
         return {"profiles": []}
+
+    def leaving(self) -> str:
+        return self.going
+
+    async def leave(self) -> AsyncGenerator[Mapping[str, Any], None]:
+        self.going = "this peer is going away; ask another"
+        for step in self.steps:
+            yield step
+            await asyncio.sleep(0)
+
+    def stay(self) -> None:
+        self.going = ""
 
 
 @asynccontextmanager

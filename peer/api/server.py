@@ -9,6 +9,7 @@ import logging
 import socket
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from peer.api.limits import Limits
 from peer.api.openai import OpenAI
 from peer.api.service import Service
 from peer.api.shapes import Problem, json_response, problem_of
-from peer.api.sse import EVENTS
+from peer.api.sse import EVENTS, Events
 from peer.errors import ConfigError, HalkaError
 
 log = logging.getLogger("halka.api")
@@ -48,6 +49,8 @@ class Server:
                 web.get("/halka/status", self._status),
                 web.get("/halka/plan", self._plan),
                 web.get("/halka/profiles", self._profiles),
+                web.post("/halka/leave", self._leave),
+                web.post("/halka/stay", self._stay),
             ]
         )
         # A client that leaves must end its answer at once, streamed or not.
@@ -127,11 +130,14 @@ class Server:
             "api": f"{self.url}/v1",
             "models": [model.id for model in self._service.models()],
             "paths": ["/v1/chat/completions", "/v1/completions", "/v1/models", "/health",
-                      "/halka/status", "/halka/plan", "/halka/profiles"],
+                      "/halka/status", "/halka/plan", "/halka/profiles", "/halka/leave",
+                      "/halka/stay"],
         }  # fmt: skip
         return _plain(page)
 
     async def _health(self, request: web.Request) -> web.Response:
+        if why := self._service.leaving():
+            return _plain({"status": "leaving", "why": why}, 503)
         models = self._service.models()
         if any(model.ready for model in models):
             return _plain({"status": "ok"})
@@ -146,6 +152,19 @@ class Server:
 
     async def _profiles(self, request: web.Request) -> web.Response:
         return _plain(self._service.profiles())
+
+    async def _leave(self, request: web.Request) -> web.StreamResponse:
+        """Events, until this peer goes or stays. Who stops listening takes nothing back."""
+        events = request[EVENTS] = Events(request, self._limits.write_s)
+        async with aclosing(self._service.leave()) as steps:
+            async for step in steps:
+                await events.send(msgspec.json.encode(step))
+        await events.done()
+        return events.response
+
+    async def _stay(self, request: web.Request) -> web.Response:
+        self._service.stay()
+        return _plain({"leaving": self._service.leaving()})
 
 
 def _plain(value: Any, status: int = 200) -> web.Response:

@@ -95,3 +95,18 @@ class Service(Protocol):
     def profiles(self) -> Mapping[str, Any]:
         """All that a plan is made of; what `halka plan --save` writes. Plain values."""
         ...
+
+    def leaving(self) -> str:
+        """Why this peer takes no new answers, as it is going away; "" while it takes them."""
+        ...
+
+    def leave(self) -> AsyncGenerator[Mapping[str, Any], None]:
+        """Go away once others have taken over: how far that is, as `words.state.Going` says.
+
+        Closing the iterator takes nothing back. Raises NoPlan while the peer still starts.
+        """
+        ...
+
+    def stay(self) -> None:
+        """Take `leave` back."""
+        ...

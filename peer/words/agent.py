@@ -82,10 +82,17 @@ class Agent:
 
     def get(self, path: str) -> tuple[int, bytes]:
         """HTTP status and body. Raises CommandError."""
+        return self._ask("GET", path)
+
+    def post(self, path: str) -> tuple[int, bytes]:
+        """The same, of a request that changes something and needs no words. Raises CommandError."""
+        return self._ask("POST", path)
+
+    def _ask(self, method: str, path: str) -> tuple[int, bytes]:
         with closing(self._connect()) as connection:
             try:
                 connection.sock.settimeout(ANSWER_S)
-                connection.request("GET", path)
+                connection.request(method, path)
                 response = connection.getresponse()
                 data = response.read(BODY_BYTES_MAX + 1)
             except (OSError, http.client.HTTPException) as error:

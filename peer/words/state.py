@@ -102,6 +102,24 @@ class Problem(msgspec.Struct, frozen=True):
     mend: str = ""
 
 
+class LossState(msgspec.Struct, frozen=True):
+    """What the loss of a peer would mean for the model that is served: fine | fetch | none."""
+
+    peer_id: str = ""
+    outcome: str = ""
+    fetch_bytes: int = 0  # from peer to peer, before answers go on
+    why: str = ""  # none: what ends them
+
+
+class SpareState(msgspec.Struct, frozen=True):
+    """How much of the spare parts that a peer is to hold is there."""
+
+    peer_id: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    why: str = ""  # what could not be had last; told by the peer itself only
+
+
 class Status(msgspec.Struct, frozen=True):
     """The whole answer."""
 
@@ -114,6 +132,8 @@ class Status(msgspec.Struct, frozen=True):
     answers: Answers = Answers()
     refused: tuple[Refusal, ...] = ()
     problems: tuple[Problem, ...] = ()
+    losses: tuple[LossState, ...] = ()  # () while nothing is foreseen
+    spares: tuple[SpareState, ...] = ()
 
     def labels(self) -> dict[str, str]:
         """Each peer's name; where two share one, with the beginning of the peer id after it."""
@@ -122,3 +142,20 @@ class Status(msgspec.Struct, frozen=True):
             peer.peer_id: name if names.count(name) == 1 else f"{name[:9]} {peer.peer_id[:4]}"
             for peer, name in zip(self.peers, names, strict=True)
         }
+
+
+class Going(msgspec.Struct, frozen=True):
+    """An event of `POST /halka/leave`: how far this peer's going away is.
+
+    phase: asking · loading · draining · answers · alone, as in `planning.leaving`; then gone (why:
+    what was left behind) or stays. peers: the names of those who take over `model`; done_bytes of
+    total_bytes: what they still fetch. running: answers that are waited for.
+    """
+
+    phase: str = ""
+    model: str = ""
+    peers: tuple[str, ...] = ()
+    done_bytes: int = 0
+    total_bytes: int = 0
+    running: int = 0
+    why: str = ""

@@ -22,7 +22,8 @@ FREE = {
 
 # Decisions without I/O: time and randomness are arguments. (*: with the issue that brings it.)
 PURE = {
-    "peer.cluster.membership", "peer.cluster.election",
+    "peer.cluster.membership", "peer.cluster.membership_events", "peer.cluster.doubts",
+    "peer.cluster.election",
     "peer.cluster.probing", "peer.cluster.probing_once",
     "peer.planning.plan", "peer.planning.split", "peer.planning.cuts", "peer.planning.rollout",
     "peer.planning.choice", "peer.planning.making", "peer.planning.failures",
@@ -32,6 +33,8 @@ PURE = {
     "peer.planning.trust", "peer.planning.wishes", "peer.planning.reasons",
     "peer.planning.rollout_events", "peer.planning.correction", "peer.planning.abilities",
     "peer.planning.patience", "peer.planning.steadiness", "peer.planning.situation",
+    "peer.planning.leaving",
+    "peer.planning.outlook", "peer.planning.spares", "peer.planning.foresight",
     "peer.planning.duty_events",
     "peer.ring.paces",
     "peer.ring.scheduler", "peer.ring.generation",
@@ -88,6 +91,7 @@ LIBRARIES = {
     "mlx": {"backends/mlx/"},
     "pynvml": {"peer/planning/gpus.py"},
     "highspy": {"peer/planning/counts.py"},
+    "dbus_fast": {"peer/sleep.py"},
 }  # fmt: skip
 
 MODULES = {module(path): path for path in python_files("peer", "backends")}

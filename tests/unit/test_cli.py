@@ -152,7 +152,7 @@ def test_without_an_agent_every_question_exits_with_three_and_says_how_to_start_
 ) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "http").write_text(f"127.0.0.1:{unused_port()}")  # of one that was killed
-    for argv in (["status"], ["status", "--json"], ["plan"], ["chat", "hello"]):
+    for argv in (["status"], ["status", "--json"], ["plan"], ["chat", "hello"], ["leave"]):
         assert cli.main(argv) == 3
         told = capsys.readouterr()
         assert told.out == ""
