@@ -29,6 +29,11 @@ def read(address: str) -> tuple[IP, int]:
     return ip, int(port)
 
 
+def on_host(addresses: Iterable[str], host: str) -> str:
+    """The first of these valid addresses that is on the host; "" where none is."""
+    return next((address for address in addresses if str(read(address)[0]) == host), "")
+
+
 def usable(addresses: Iterable[str], *, loopback: bool) -> tuple[str, ...]:
     """Those that can be dialled, in order and written alike. loopback: keep this machine's own."""
     good: dict[str, None] = {}

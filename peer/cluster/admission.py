@@ -18,6 +18,14 @@ def may_connect(key: str, own_key: str) -> bool:
     return key != own_key
 
 
+def genuine(peer_id: str, key: str) -> bool:
+    """Whether the peer id belongs to the key. Both may be anything."""
+    try:
+        return peer_id_of(key) == peer_id
+    except ValueError:
+        return False
+
+
 def admit(
     hello: Hello | Welcome, key: str, config: Config, protocol: int = PROTOCOL
 ) -> Refused | None:

@@ -15,10 +15,11 @@ from peer import VERSION
 from peer.cluster import admission, interfaces, links, refusals
 from peer.cluster import election as e
 from peer.cluster import membership as m
+from peer.cluster.addresses import on_host
 from peer.cluster.asks import Asks
 from peer.cluster.complaints import Complaints
 from peer.cluster.discovery import Discovery
-from peer.cluster.identity import Identity, peer_id_of
+from peer.cluster.identity import Identity
 from peer.cluster.listener import Listener, Member, clock
 from peer.cluster.machines import Action, Machines
 from peer.cluster.mdns import Announced, cluster_mark
@@ -34,15 +35,16 @@ from peer.protocol import (
     PROTOCOL,
     ChunkHere,
     Control,
-    Goodbye,
     Gossip,
     Heartbeat,
     Hello,
     ManifestHere,
     Message,
     NotHere,
+    Opinion,
     Refused,
     Sighted,
+    Suspect,
     Welcome,
 )
 
@@ -71,13 +73,11 @@ class Cluster:
         self._version, self._protocol = version, protocol
         self._machines = Machines(self.me, config.timing, identity.term, self._perform)
         self._stop, self._ended = asyncio.Event(), asyncio.Event()
-        self._goodbye, self._running = "", False
+        self._goodbye, self._not_listening, self._running = "", "", False
         self._members: dict[str, Member] = {}
         self._links: dict[str, links.Linked] = {}
-        self._refusals = Refusals()
-        self._memory = Memory(identity, self._kept)
+        self._refusals, self._memory = Refusals(), Memory(identity, self._kept)
         self._hosts = interfaces.Hosts(config.interfaces)
-        self._not_listening = ""
         self._transport: Transport | None = None
         self.complaints = Complaints(clock)
         self._asks = Asks(self.send)
@@ -247,8 +247,13 @@ class Cluster:
                 self._transport.give_up(peer_id)
             case m.Joined(peer_id):
                 self._joined(peer_id)
-            case m.Lost(peer_id, why):
-                self._lost(peer_id, why)
+            case m.Lost(peer_id, why, heard_by):
+                self._lost(peer_id, why, heard_by)
+            case m.Ask(peer_id, others):
+                for other in others:
+                    self.send(other, Suspect(peer_id))
+            case m.Answer(to, peer_id, heard, ago_s):
+                self.send(to, Opinion(peer_id, heard, ago_s))
             case m.SendBeats() | e.Publish():
                 self.broadcast(self._beat())
             case e.StoreTerm(term, lower):
@@ -278,13 +283,13 @@ class Cluster:
         self._prober.here(peer_id)
         self._gossip()
 
-    def _lost(self, peer_id: str, why: str) -> None:
+    def _lost(self, peer_id: str, why: str, heard_by: str) -> None:
         name, count = self._members.pop(peer_id).name, len(self._members) + 1
         log.info("lost=%s name=%s peers=%d because=%s", peer_id, name, count, why)
         self._asks.lost(peer_id, why)
         self._prober.gone(peer_id)
         self._machines.feed(e.PeerDown(peer_id))
-        self._listener.lost(peer_id, why)
+        self._listener.lost(peer_id, why, *([heard_by] if heard_by else []))
 
     def _kept(self, term: int, stored: bool) -> None:
         self._machines.feed(e.Stored(term) if stored else e.StoreFailed(term))
@@ -304,18 +309,19 @@ class Cluster:
 
     def _told(self, event: links.Event) -> None:
         match event:
-            case links.Linked(peer_id, key, hello, _, dialled):
+            case links.Linked(peer_id, key, hello, host, dialled):
                 self._links[peer_id] = event
                 places = self.discovery.usable(Sighted(peer_id, key, hello.addresses)).addresses
-                self._machines.feed(m.LinkUp(peer_id, key, hello.incarnation, places, dialled))
+                at = dialled or on_host(places, host)
+                self._machines.feed(m.LinkUp(peer_id, key, hello.incarnation, places, dialled, at))
                 self.send(peer_id, self._beat())  # it need not wait to hear whom I follow
                 if peer_id in self._members:
                     self._prober.here(peer_id)
             case links.Unlinked(peer_id, why):
                 self._machines.feed(m.LinkDown(peer_id, why))
-            case links.NotReached(peer_id, why, refused):
+            case links.NotReached(peer_id, why, refused, closed):
                 log.debug("x dial peer=%s because=%s", peer_id, why)
-                self._machines.feed(m.DialFailed(peer_id, refused))
+                self._machines.feed(m.DialFailed(peer_id, refused, closed))
             case links.Turned(peer_id, host, refusal, by_us):
                 self._turned(peer_id, host, refusal.code, refusal.why, by_us=by_us)
             case links.Received(peer_id, message):
@@ -326,16 +332,14 @@ class Cluster:
         if peer_id not in self._members:
             return
         match message:
-            case Heartbeat(term, coordinator, followed):
-                self._machines.feed(e.Beat(peer_id, term, coordinator, followed))
             case Gossip(peers):
                 for sighted in peers:
                     self._seen(self.discovery.usable(sighted))
-            case Goodbye(why):
-                self._machines.feed(m.Left(peer_id, why))
             case ManifestHere() | ChunkHere() | NotHere():
                 self._asks.answer(peer_id, message)
-            case _ if not self._prober.take(peer_id, message):
+            case _ if self._machines.take(peer_id, message) or self._prober.take(peer_id, message):
+                return
+            case _:
                 self._listener.received(peer_id, message)
 
     def _hello(self) -> Hello:
@@ -363,11 +367,7 @@ class Cluster:
     # Sightings ------------------------------------------------------------------------------------
 
     def _seen(self, sighted: Sighted) -> None:
-        try:
-            genuine = peer_id_of(sighted.key) == sighted.peer_id
-        except ValueError:
-            genuine = False
-        if genuine and sighted.peer_id != self.me:
+        if sighted.peer_id != self.me and admission.genuine(sighted.peer_id, sighted.key):
             self._machines.feed(m.Seen(sighted.peer_id, sighted.key, sighted.addresses))
 
     def _foreign(self, record: Announced) -> None:

@@ -30,11 +30,13 @@ class Unlinked:
 
 @dataclass(frozen=True, slots=True)
 class NotReached:
-    """A dial came to nothing. refused: it answered, and does not want us."""
+    """A dial came to nothing. refused: it answered, and does not want us. closed: its machine
+    answered that nobody listens there."""
 
     peer_id: str
     why: str
-    refused: bool
+    refused: bool = False
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

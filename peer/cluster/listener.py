@@ -17,8 +17,9 @@ class Listener(Protocol):
         """The peer is a member now."""
         ...
 
-    def lost(self, peer_id: str, why: str) -> None:
-        """The peer is a member no longer."""
+    def lost(self, peer_id: str, why: str, heard_by: str = "") -> None:
+        """The peer is a member no longer. heard_by: a member that hears it still, "": none does;
+        it is out of this peer's reach only."""
         ...
 
     def elected(self, coordinator: str, term: int) -> None:

@@ -10,6 +10,7 @@ from peer.cluster import election as e
 from peer.cluster import membership as m
 from peer.cluster.listener import clock
 from peer.config import Timing
+from peer.protocol import Control, Goodbye, Heartbeat, Opinion, Suspect
 
 Event = m.Event | e.Event
 Action = m.Action | e.Action
@@ -48,6 +49,21 @@ class Machines:
         finally:
             self._draining = False
         self._arm()
+
+    def take(self, peer_id: str, message: Control) -> bool:
+        """A message from a member: whether it was one of these machines'."""
+        match message:
+            case Heartbeat(term, coordinator, followed):
+                self.feed(e.Beat(peer_id, term, coordinator, followed))
+            case Goodbye(why):
+                self.feed(m.Left(peer_id, why))
+            case Suspect(suspect):
+                self.feed(m.Asked(peer_id, suspect))
+            case Opinion(suspect, heard, ago_s):
+                self.feed(m.Opined(peer_id, suspect, heard, ago_s))
+            case _:
+                return False
+        return True
 
     async def run(self) -> None:
         """Tick when a machine wants it, until cancelled."""

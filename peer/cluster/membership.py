@@ -1,9 +1,12 @@
 """Who is here, as a pure machine: sightings become dials, links become members, silence a loss.
 
 A sighting is a hint and costs at most a dial. A member is a peer whose link said hello; it stays
-one until it says goodbye, its link breaks and does not come back within `regret_s`, or nothing was
-heard of it for `silence_s`. Time in which this process itself did not run (stopped, asleep,
-starved) is never held against others: `step` sees its own lateness and moves its clocks by it.
+one until it says goodbye, or its link breaks and its port refuses to be dialled again: its agent
+has ended. Where its link breaks and does not come back within `regret_s`, or nothing was heard of
+it for `silence_s`, the others are asked whether they hear it (see `doubts`), and it is lost once
+nobody does. Time in which this process itself did not run (stopped, asleep, starved) is never held
+against others: `step` sees its own lateness and moves its clocks by it, and a peer that just woke
+gives no opinion.
 """
 
 from __future__ import annotations
@@ -11,6 +14,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from peer.cluster.doubts import FRESH_BEATS, Doubt
+from peer.cluster.membership_events import Action as Action
+from peer.cluster.membership_events import Answer as Answer
+from peer.cluster.membership_events import Ask as Ask
+from peer.cluster.membership_events import Asked as Asked
+from peer.cluster.membership_events import Dial as Dial
+from peer.cluster.membership_events import DialFailed as DialFailed
+from peer.cluster.membership_events import Event as Event
+from peer.cluster.membership_events import GiveUp as GiveUp
+from peer.cluster.membership_events import HangUp as HangUp
+from peer.cluster.membership_events import Heard as Heard
+from peer.cluster.membership_events import Joined as Joined
+from peer.cluster.membership_events import Left as Left
+from peer.cluster.membership_events import LinkDown as LinkDown
+from peer.cluster.membership_events import LinkUp as LinkUp
+from peer.cluster.membership_events import Lost as Lost
+from peer.cluster.membership_events import Opined as Opined
+from peer.cluster.membership_events import Seen as Seen
+from peer.cluster.membership_events import SendBeats as SendBeats
+from peer.cluster.membership_events import Tick as Tick
 from peer.config import Timing
 from peer.planning.profile import PEERS_MAX
 
@@ -20,116 +43,7 @@ DIAL_AGAIN_MIN_S = 0.25
 LIVED_S = 1.0  # a link that was shorter is no success: whoever hangs up at once is dialled less
 CROWDED_S = 60.0  # for people to read that somebody was turned away
 LATE_S = 0.25  # later than this, this process was not running; earlier is a busy machine
-
-# Events -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A sighting; the caller has checked that the key belongs to the peer id."""
-
-    peer_id: str
-    key: str
-    addresses: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LinkUp:
-    """A link said hello, whoever dialled. Addresses are where the peer says that it listens."""
-
-    peer_id: str
-    key: str
-    incarnation: int
-    addresses: tuple[str, ...] = ()
-    dialled: str = ""  # the address that worked, where we dialled
-
-
-@dataclass(frozen=True, slots=True)
-class LinkDown:
-    """The last connection with the peer is gone."""
-
-    peer_id: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """Anything at all came from the peer."""
-
-    peer_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class DialFailed:
-    """The dial that was asked for came to nothing."""
-
-    peer_id: str
-    refused: bool = False  # it answered that it does not want us; ask rarely
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """It said goodbye."""
-
-    peer_id: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-Event = Seen | LinkUp | LinkDown | Heard | DialFailed | Left | Tick
-
-# Actions ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Dial:
-    """Connect and say hello; ends in LinkUp, or in DialFailed, or is taken back by HangUp."""
-
-    peer_id: str
-    key: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class HangUp:
-    """Close every connection with the peer, also half-made ones."""
-
-    peer_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """Close the half-made connection of the dial; a link that stands stays."""
-
-    peer_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """The peer is a member now."""
-
-    peer_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The peer is a member no longer. heard_by: a member that still hears it, "" where none does."""
-
-    peer_id: str
-    why: str
-    heard_by: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SendBeats:
-    """Send every member a heartbeat."""
-
-
-Action = Dial | HangUp | GiveUp | Joined | Lost | SendBeats
+ENDED = "its agent ended"
 
 
 @dataclass(slots=True)
@@ -141,9 +55,14 @@ class _Peer:
     linked: bool = False
     linked_since: float = -math.inf
     incarnation: int = -1
-    heard: float = 0.0
+    heard: float = 0.0  # moved by the time in which this process did not run
+    heard_at: float = 0.0  # really
     broken: float = math.inf  # link lost at; infinity while it stands
     why: str = ""
+    doubt: Doubt | None = None
+    proven: str = ""  # the address that worked, or is on the host that its link comes from
+    closed: set[str] = field(default_factory=set)  # addresses that refused since the link broke
+    dialled: str = ""  # the address of the last dial
     dialling_until: float = math.inf  # infinity: no dial is under way
     tries: int = 0  # since the last success
     dial_at: float = 0.0
@@ -205,7 +124,7 @@ class Membership:
         if type(event) is Heard and now < self._deadline:
             # By far the most frequent event; it only ever moves what is due away.
             if (peer := self._peers.get(event.peer_id)) is not None:
-                peer.heard = now
+                peer.heard = peer.heard_at = now
             return []
         actions: list[Action] = []
         self._forgive(now)
@@ -218,19 +137,22 @@ class Membership:
             case LinkDown(peer_id, why):
                 peer = self._peers.get(peer_id)
                 if peer is not None and peer.linked:
-                    peer.linked, peer.broken, peer.why = False, now, why
-                    self._after_link(peer, 0.0)
+                    self._unlink(peer, why)
             case Heard(peer_id):
                 if (peer := self._peers.get(peer_id)) is not None:
-                    peer.heard = now
-            case DialFailed(peer_id, refused):
-                self._fail(peer_id, refused)
+                    peer.heard = peer.heard_at = now
+            case DialFailed(peer_id, refused, closed):
+                actions += self._fail(peer_id, refused=refused, closed=closed)
             case Left(peer_id, why):
                 actions += self._lose(peer_id, why or "it said goodbye")
+            case Asked(by, peer_id):
+                actions += self._answer(by, peer_id)
+            case Opined():
+                self._hear_out(event)
             case Tick():
                 pass
         actions += self._check()
-        self._deadline = self._next()
+        self._deadline = max(now, self._next())
         return actions
 
     def _forgive(self, now: float) -> None:
@@ -250,6 +172,8 @@ class Membership:
                 peer.broken += late
             if peer.dialling:
                 peer.dialling_until += late
+            if peer.doubt is not None:
+                peer.doubt.shift(late)
 
     # Sightings ------------------------------------------------------------------------------------
 
@@ -306,11 +230,12 @@ class Membership:
         heard_of = ((up.dialled,) if up.dialled else ()) + up.addresses
         merged = dict.fromkeys((*heard_of, *peer.addresses))
         peer.addresses = list(merged)[:ADDRESSES_MAX]
+        peer.proven = up.dialled or up.proven or peer.proven
         peer.key, peer.incarnation = up.key, up.incarnation
         if not peer.linked:
             peer.linked_since = self.now
         peer.linked, peer.broken = True, math.inf
-        peer.heard = self.now
+        peer.heard = peer.heard_at = self.now
         if peer.dialling and up.dialled:
             peer.dialling_until = math.inf
         if not peer.member:
@@ -318,16 +243,33 @@ class Membership:
             actions.append(Joined(up.peer_id))
         return actions
 
+    def _unlink(self, peer: _Peer, why: str) -> None:
+        peer.linked, peer.broken, peer.why = False, self.now, why
+        peer.closed.clear()
+        if peer.proven:
+            rest = (address for address in peer.addresses if address != peer.proven)
+            peer.addresses = [peer.proven, *rest][:ADDRESSES_MAX]
+        self._after_link(peer, 0.0)
+
     def _after_link(self, peer: _Peer, wait_s: float) -> None:
         if self.now - peer.linked_since >= LIVED_S:
             peer.tries, peer.dial_at = 0, self.now + wait_s
         else:
             self._wait(peer)
 
-    def _fail(self, peer_id: str, refused: bool) -> None:
-        if (peer := self._peers.get(peer_id)) is not None:
-            peer.dialling_until = math.inf
-            self._wait(peer, refused)
+    def _fail(self, peer_id: str, *, refused: bool = False, closed: bool = False) -> list[Action]:
+        if (peer := self._peers.get(peer_id)) is None:
+            return []
+        peer.dialling_until = math.inf
+        self._wait(peer, refused)
+        if not closed or peer.linked or not peer.member:
+            return []
+        # Its machine lives, and nobody listens where it did: no need to wait for silence.
+        peer.closed.add(peer.dialled)
+        if peer.dialled == peer.proven or peer.closed.issuperset(peer.addresses):
+            return self._lose(peer_id, ENDED)
+        peer.dial_at = self.now  # the next address, at once
+        return []
 
     def _wait(self, peer: _Peer, refused: bool = False) -> None:
         """Dial ever less often, the next address first."""
@@ -340,7 +282,7 @@ class Membership:
             wait_s = 4 * self.timing.dial_again_max_s
         peer.dial_at = self.now + wait_s
 
-    def _lose(self, peer_id: str, why: str) -> list[Action]:
+    def _lose(self, peer_id: str, why: str, heard_by: str = "") -> list[Action]:
         peer = self._peers.get(peer_id)
         if peer is None or not (peer.member or peer.linked):
             return []
@@ -349,11 +291,56 @@ class Membership:
             self._after_link(peer, DIAL_AGAIN_MIN_S)
         peer.member = peer.linked = False
         peer.broken = peer.dialling_until = math.inf
-        return [HangUp(peer_id), *([Lost(peer_id, why)] if was_member else [])]
+        peer.doubt = None
+        for other in self._peers.values():
+            if other.doubt is not None:
+                other.doubt.forget(peer_id)
+        return [HangUp(peer_id), *([Lost(peer_id, why, heard_by)] if was_member else [])]
+
+    # Opinions -------------------------------------------------------------------------------------
+
+    def _answer(self, by: str, peer_id: str) -> list[Action]:
+        """What is really known here; nothing at all where this peer itself may be to blame."""
+        if by not in self.members or by == peer_id or self.now < self._lenient_until:
+            return []
+        peer = self._peers.get(peer_id)
+        if peer is None or not peer.member or not peer.linked:
+            return [Answer(by, peer_id, False, 0.0)]
+        ago_s, fresh_s = self.now - peer.heard_at, FRESH_BEATS * self.timing.beat_s
+        if ago_s > fresh_s >= self.now - peer.heard:
+            return []  # what it said meanwhile may wait unread
+        return [Answer(by, peer_id, ago_s <= fresh_s, ago_s)]
+
+    def _hear_out(self, told: Opined) -> None:
+        peer = self._peers.get(told.peer_id)
+        if peer is not None and peer.doubt is not None:
+            fresh = told.ago_s <= FRESH_BEATS * self.timing.beat_s
+            peer.doubt.take(told.by, told.heard and fresh, told.ago_s, self.now)
+
+    def _doubt(self, peer_id: str, peer: _Peer) -> list[Action]:
+        """A member is not heard, and it was time to hear it: ask, or lose it."""
+        actions: list[Action] = []
+        doubt = peer.doubt
+        if doubt is None:
+            doubt = peer.doubt = Doubt(self.now + self.timing.doubt_s)
+            actions += self._ask(peer_id, doubt)
+        if doubt.decided(self.now):
+            silent_s = self.now - peer.heard
+            why = peer.why if peer.broken < math.inf else f"silent for {silent_s:.1f} s"
+            actions += self._lose(peer_id, doubt.why(why), doubt.heard_by)
+        elif self.now >= doubt.due:
+            actions += self._ask(peer_id, doubt)
+        return actions
+
+    def _ask(self, peer_id: str, doubt: Doubt) -> list[Action]:
+        """Of those that can be asked, and are not in doubt themselves."""
+        others = [who for who, p in self._peers.items() if p.member and p.linked and not p.doubt]
+        doubt.ask(others, self.now)
+        return [Ask(peer_id, tuple(others))] if others else []
 
     # Time -----------------------------------------------------------------------------------------
 
-    def _lost_at(self, peer: _Peer) -> float:
+    def _suspect_at(self, peer: _Peer) -> float:
         at = min(peer.heard + self.timing.silence_s, peer.broken + self.timing.regret_s)
         return max(at, self._lenient_until)
 
@@ -363,7 +350,7 @@ class Membership:
         for peer in self._peers.values():
             at = min(at, peer.dialling_until)
             if peer.member:
-                at = min(at, self._lost_at(peer))
+                at = min(at, peer.doubt.due if peer.doubt else self._suspect_at(peer))
             if may_dial and not peer.linked and not peer.dialling and peer.addresses:
                 at = min(at, peer.dial_at)
         return at
@@ -374,13 +361,13 @@ class Membership:
     def _check(self) -> list[Action]:
         actions: list[Action] = []
         for peer_id, peer in self._peers.items():
-            if peer.member and self.now >= self._lost_at(peer):
-                silent_s = self.now - peer.heard
-                why = peer.why if peer.broken < math.inf else f"silent for {silent_s:.1f} s"
-                actions += self._lose(peer_id, why)
+            if peer.member and self.now >= self._suspect_at(peer):
+                actions += self._doubt(peer_id, peer)
+            else:
+                peer.doubt = None
             if peer.dialling and self.now >= peer.dialling_until:
                 actions.append(GiveUp(peer_id))
-                self._fail(peer_id, refused=False)
+                self._fail(peer_id)
         if self.now >= self._beat_at:
             self._beat_at = self.now + self.timing.beat_s
             actions.append(SendBeats())
@@ -397,5 +384,6 @@ class Membership:
         for _, _, _, peer_id in waiting[: max(0, free)]:
             peer = self._peers[peer_id]
             peer.dialling_until = self.now + self.timing.dial_s
-            dials.append(Dial(peer_id, peer.key, peer.addresses[0]))
+            peer.dialled = peer.addresses[0]
+            dials.append(Dial(peer_id, peer.key, peer.dialled))
         return dials

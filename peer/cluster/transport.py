@@ -144,7 +144,7 @@ class Transport:
             pair = sockets.dealer(self._context, (self._public, self._secret), key)
         except OSError as error:
             self.problem = sockets.no_more(error)
-            return self._tell(NotReached(peer_id, self.problem, False))
+            return self._tell(NotReached(peer_id, self.problem))
         self.problem = ""
         host, _ = addresses.read(address)
         path = Path(peer_id, key, str(host), pair[0], dialled=address)
@@ -215,7 +215,7 @@ class Transport:
         log.debug("= link peer=%s host=%s dialled=%s", path.peer_id, path.host, bool(path.dialled))
         self._tell(Linked(path.peer_id, path.key, hello, path.host, path.dialled))
 
-    def _drop(self, path: Path, why: str, *, refused: bool = False) -> None:
+    def _drop(self, path: Path, why: str, *, refused: bool = False, closed: bool = False) -> None:
         """A connection is over; tell what that means."""
         current = path is self._dials.get(path.peer_id) or path in self._links.get(path.peer_id, ())
         self._forget(path)
@@ -226,7 +226,7 @@ class Transport:
                 del self._links[path.peer_id]
                 self._tell(Unlinked(path.peer_id, why))
         elif current:
-            self._tell(NotReached(path.peer_id, why, refused))
+            self._tell(NotReached(path.peer_id, why, refused, closed))
 
     def _forget(self, path: Path) -> None:
         if path.dialled:
@@ -257,7 +257,8 @@ class Transport:
         reader = self._tasks.create_task(self._read_dealer(path))
         try:
             path.socket.connect(path.dialled)
-            self._drop(path, await self._watch_dial(path, monitor))
+            why = await self._watch_dial(path, monitor)
+            self._drop(path, why, closed=not path.up and await sockets.closed(path.dialled))
         except zmq.ZMQError as error:  # connect: no such interface, no more sockets
             self._drop(path, str(error))
         finally:

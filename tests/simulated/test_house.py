@@ -79,7 +79,7 @@ class NeverClaimsAnew(e.Election):
 
 
 class NeverNoticesLoss(m.Membership):
-    def _lost_at(self, peer: Any) -> float:
+    def _suspect_at(self, peer: Any) -> float:
         return math.inf
 
 
@@ -91,10 +91,9 @@ class BlamesOthers(m.Membership):
 
 
 class NeverDialsAgain(m.Membership):
-    def _fail(self, peer_id: str, refused: bool) -> None:
-        super()._fail(peer_id, refused)
-        if (peer := self._peers.get(peer_id)) is not None:
-            peer.dial_at = math.inf
+    def _wait(self, peer: Any, refused: bool = False) -> None:
+        super()._wait(peer, refused)
+        peer.dial_at = math.inf
 
 
 class MissesRestarts(m.Membership):

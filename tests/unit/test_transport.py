@@ -107,7 +107,7 @@ async def test_nobody_at_the_address_is_told(ends: list[End], until: Any) -> Non
         port = free.getsockname()[1]
     a.transport.dial(b.me, b.pair[0], f"tcp://127.0.0.1:{port}")
     await until(lambda: a.of(t.NotReached), 5, "the failure is told")
-    assert a.of(t.NotReached)[0] == t.NotReached(b.me, "nobody answers there", False)
+    assert a.of(t.NotReached)[0] == t.NotReached(b.me, "nobody answers there", closed=True)
 
 
 async def test_a_wrong_key_is_refused(ends: list[End], until: Any) -> None:
