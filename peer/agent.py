@@ -31,6 +31,7 @@ from peer.protocol import (
     ChunkWanted,
     Control,
     ManifestWanted,
+    Outlook,
     Plans,
     Report,
     StageConnect,
@@ -40,6 +41,7 @@ from peer.ring.entry import Entry
 from peer.ring.generation import Offer, Patience
 from peer.ring.supervisor import Supervisor, physical_cores
 from peer.serving import Serving, Spawn
+from peer.sparing import Host, Sparing
 
 log = logging.getLogger("halka.agent")
 
@@ -85,6 +87,7 @@ class Agent:
         self._rollout_alarm = Alarm(lambda: self._rollout(r.Tick()))
         self.fetching = Fetching(config, store, self.cluster, self.offers, self._fetched, spawn)
         self._hosts: dict[str, str] = {}  # by which members were reached last
+        self.sparing = Sparing(config, store, self._sparing_host())
 
     # From the cluster -------------------------------------------------------------------------
 
@@ -142,6 +145,9 @@ class Agent:
                     self._hear(message)
             case Report():
                 self._reported(peer_id, message)
+            case Outlook():
+                if peer_id == self.cluster.coordinator:
+                    self.sparing.heard(message)
             case ManifestWanted() | ChunkWanted():
                 self._spawn(self._answer(peer_id, message), f"answer to {peer_id}")
             case _:
@@ -155,6 +161,22 @@ class Agent:
             if part.mine and not part.dead
         )
         return loads or not self._stepping.is_over(time.monotonic()) or self.entry.running > 0
+
+    def _sparing_host(self) -> Host:
+        return Host(
+            self.me,
+            lambda: self.fetching.running or self._answers() or self.busy(),
+            self.duty.serving,
+            lambda: self.profiles[self.me],
+            self.measuring.change,
+            self.offers,
+            self.cluster.broadcast,
+            self.fetching.parts,
+        )
+
+    def _answers(self) -> bool:
+        """Whether the ring is at an answer, as was told last."""
+        return any(report.active for report in self.reports.values())
 
     def linked(self, link: Link) -> None:
         """A link was measured."""
@@ -235,7 +257,9 @@ class Agent:
                         log.info("role=coordinator term=%d %s", self.cluster.term, text)
                     case r.Solve(question):
                         self._questions.put_nowait(question)
+                        self.sparing.planned(question)
             self._rollout_alarm.set(self.rollout.deadline)
+            self.sparing.watch(event, self.rollout.states)
 
         self._turns.take(turn)
 
@@ -357,6 +381,7 @@ class Agent:
     async def close(self, why: str) -> None:
         """Leave the cluster, end stages, answers and words."""
         self.fetching.close()
+        self.sparing.close()
         self._duty_alarm.set(None)
         self._rollout_alarm.set(None)
         await self.cluster.close(why)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from peer.errors import ConfigError
 
 HTTP_DEFAULT = "127.0.0.1:42552"  # H-A-L-K-A on a phone keypad
+SPARE_AUTO = -1  # of `spare`: half of what is free, see `planning.survey.spare_bytes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Config:
     context: int = 0  # tokens of one request at most; 0: what the model and the memory allow
     memory: int = 0  # bytes that stages may use; 0: what is free, less a headroom
     model: str = ""  # the model to serve; "": the one pulled last
+    spare: int = SPARE_AUTO  # bytes of disk for spare parts of models, so that a loss is survived
     peers: tuple[str, ...] = ()  # host:port of peers that mDNS cannot see
     interfaces: tuple[str, ...] = ()  # addresses or names to use; (): every home-network interface
     mdns: bool = True  # announce and look for peers by multicast
@@ -153,7 +155,11 @@ def _checked(key: str, value: Any, source: str) -> dict[str, Any]:
             raise ConfigError(f"{source}: {number} is not a port (0 to 65535)")
         return {key: number}
     if key == "memory":
-        return {key: _bytes(value, source)}
+        return {key: _bytes(value, key, source)}
+    if key == "spare":
+        words = {"auto": SPARE_AUTO, "off": 0}
+        known = isinstance(value, str) and value.lower() in words
+        return {key: words[value.lower()] if known else _bytes(value, key, source)}
     if key in ("peers", "interfaces"):
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
@@ -194,7 +200,7 @@ def _number(value: Any, key: str, source: str) -> int:
     return number
 
 
-def _bytes(value: Any, source: str) -> int:
+def _bytes(value: Any, key: str, source: str) -> int:
     """Bytes from 12345, "512MiB" or "8GiB"."""
     text = str(value).strip()
     for suffix, scale in (("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)):
@@ -205,7 +211,8 @@ def _bytes(value: Any, source: str) -> int:
                 break
     if text.isdecimal():
         return int(text)
-    raise ConfigError(f"{source}: `memory` is a size such as 8GiB, not {value!r}")
+    what = "auto, off or a size" if key == "spare" else "a size"
+    raise ConfigError(f"{source}: `{key}` is {what} such as 8GiB, not {value!r}")
 
 
 def _host_port(text: str, source: str) -> tuple[str, int]:

@@ -82,8 +82,10 @@ class Fetching:
         digest: str,
         parts: Sequence[str],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        rest: transfer.Rest | None = None,
     ) -> Manifest:
-        """Have these parts of a model here, from whoever has them. Raises ModelError, PeerError."""
+        """Have these parts of a model here, from whoever has them; rest: for what can wait, see
+        `transfer.fetch`. Raises ModelError, PeerError."""
 
         def offers() -> Mapping[str, Sequence[str]]:
             return {
@@ -99,7 +101,7 @@ class Fetching:
         ) -> ManifestHere | ChunkHere:
             return await self._cluster.ask(peer_id, message, self._config.timing.request_s)
 
-        return await transfer.fetch(self._store, digest, parts, offers, ask, progress)
+        return await transfer.fetch(self._store, digest, parts, offers, ask, progress, rest)
 
     async def header(self, shape: ModelShape) -> Path:
         """The folder of a model of the cluster, once head.gguf is in it."""

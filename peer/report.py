@@ -12,17 +12,20 @@ from peer import VERSION
 from peer.agent import Agent
 from peer.planning import making, split
 from peer.planning.plan import Forecast, PlanState
+from peer.planning.spares import total_bytes
 from peer.protocol import PROTOCOL, Report
 from peer.words.basis import Basis, KnownModel, TimedPeer, TimedRing
 from peer.words.state import (
     Answers,
     ClusterState,
     Engine,
+    LossState,
     Me,
     ModelState,
     PeerState,
     Problem,
     Refusal,
+    SpareState,
     Status,
 )
 
@@ -62,6 +65,8 @@ def status(agent: Agent, started: float, http: str) -> dict[str, Any]:
                 and cluster.clock() - turned.at < REFUSED_SHOWN_S
             ),
             problems=tuple(_problems(agent, shown)),
+            losses=tuple(_losses(agent)),
+            spares=tuple(_spares(agent)),
         )
     )
 
@@ -224,6 +229,35 @@ def _report(agent: Agent, peer_id: str, shown: PlanState) -> Report | None:
         part = agent.duty.parts.get(shown.plan.id)
         return part.report if part else None
     return agent.reports.get((peer_id, shown.plan.id))
+
+
+def _losses(agent: Agent) -> Iterable[LossState]:
+    """What the coordinator of now foresees, while something serves."""
+    told = agent.sparing.outlook
+    if told is None or told.term != agent.cluster.term or agent.duty.serving() is None:
+        return
+    for loss in told.losses:
+        if loss.peer_id == agent.me or loss.peer_id in agent.cluster.members:
+            yield LossState(loss.peer_id, loss.outcome, loss.fetch_bytes, loss.why)
+
+
+def _spares(agent: Agent) -> Iterable[SpareState]:
+    """How much of what each peer is to hold it says that it holds."""
+    told = agent.sparing.outlook
+    for spare in told.spares if told else ():
+        offers = agent.offers.get(spare.peer_id, ())
+        here = spare.peer_id == agent.me or spare.peer_id in agent.cluster.members
+        shapes = [o.shape for every in agent.offers.values() for o in every]
+        shape = next((shape for shape in shapes if shape.digest == spare.digest), None)
+        if not here or shape is None:
+            continue
+        held = {p for offer in offers if offer.shape.digest == spare.digest for p in offer.parts}
+        yield SpareState(
+            spare.peer_id,
+            total_bytes(shape, held.intersection(spare.parts)),
+            total_bytes(shape, spare.parts),
+            agent.sparing.why if spare.peer_id == agent.me else "",
+        )
 
 
 def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:

@@ -45,6 +45,9 @@ silent) and PartError (the peer says NotHere)."""
 Progress = Callable[[int, int], None]
 """done_bytes, total_bytes"""
 
+Rest = Callable[[float], float]
+"""Seconds that a chunk took → seconds without a question after it."""
+
 T = TypeVar("T")
 
 
@@ -73,8 +76,11 @@ async def fetch(
     offers: Offers,
     ask: Ask,
     progress: Progress | None = None,
+    rest: Rest | None = None,
 ) -> Manifest:
     """Have all of `parts` in the store; what is there already is not fetched again.
+
+    rest: for what can wait: one chunk of a part at a time, and so long nothing after it.
 
     May be cancelled and called again: it goes on where it was. Raises PartError, naming the part
     and what each source did wrong, or the path and the bytes that the disk lacks; ModelError.
@@ -82,7 +88,7 @@ async def fetch(
     manifest = await _manifest(store, digest, offers, ask)
     missing = await _in_thread(store.missing, digest, parts)
     if missing:
-        await _Fetch(store, manifest, missing, offers, ask, progress).run()
+        await _Fetch(store, manifest, missing, offers, ask, progress, rest).run()
     return manifest
 
 
@@ -120,9 +126,10 @@ class _Fetch:
         offers: Offers,
         ask: Ask,
         progress: Progress | None,
+        rest: Rest | None,
     ) -> None:
         self._store, self._manifest, self._missing = store, manifest, tuple(dict.fromkeys(missing))
-        self._offers, self._ask, self._progress = offers, ask, progress
+        self._offers, self._ask, self._progress, self._rest = offers, ask, progress, rest
         self._arrived: dict[str, int] = {}
         self._total = sum(manifest.part(name).data_bytes for name in self._missing)
         self._fatal: ModelError | None = None
@@ -230,8 +237,11 @@ class _Fetch:
                 if isinstance(found, Exception):
                     raise found
                 await _in_thread(partial.append, found.data)
-                width = IN_FLIGHT if time.monotonic() - began < QUICK_S else 1
+                took_s = time.monotonic() - began
+                width = IN_FLIGHT if took_s < QUICK_S and self._rest is None else 1
                 self._count(partial)
+                if self._rest is not None and partial.done < size:
+                    await asyncio.sleep(self._rest(took_s))
         finally:
             for task in flying:
                 task.cancel()

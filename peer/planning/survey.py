@@ -23,7 +23,7 @@ import msgspec
 import psutil
 
 from peer import children
-from peer.config import Config
+from peer.config import SPARE_AUTO, Config
 from peer.errors import BackendError, ModelError
 from peer.planning import gpus
 from peer.planning.groups import control_group_bytes, processors, share
@@ -31,7 +31,8 @@ from peer.planning.profile import SPEEDS_MAX, EngineProfile, ModelShape, Profile
 
 __all__ = [
     "Survey", "available_bytes", "backends_of", "clean_name", "control_group_bytes", "cores",
-    "disk_read_bytes_per_s", "engines", "measure", "profile", "shape", "speeds", "threads",
+    "disk_free_bytes", "disk_read_bytes_per_s", "engines", "measure", "profile", "shape",
+    "spare_bytes", "speeds", "threads",
 ]  # fmt: skip
 
 log = logging.getLogger("halka.planning")
@@ -42,6 +43,9 @@ DISK_S = 30.0
 HEADROOM_SHARE = 0.10  # of what is free: stages' own Python, buffers, and everybody else
 HEADROOM_LARGE_BYTES = 512 << 20  # at least, on a machine with
 LARGE_BYTES = 4 << 30  # so much free
+SPARE_FREE_BYTES = 4 << 30  # of the disk, left to its owner where nothing is set
+SPARE_FREE_LEAST_BYTES = 1 << 30  # and where it is: a disk without room breaks more than halka
+SPARE_STEP_BYTES = 64 << 20
 _NO_ENGINE = "no engine is installed: pip install 'halka[llama]' in halka's environment"
 _LAST_LINES = 5  # of the process' own words, for the reason of its end
 
@@ -211,6 +215,7 @@ def profile(
     if any(engine.kind == "cuda" for engine in measured):
         measured = gpus.refreshed(measured, gpus.cards()[0])
     available = available_bytes(config.memory, int(memory.available), control_group_bytes())
+    free_bytes = disk_free_bytes(config.home)
     if config.memory:
         measured = [
             msgspec.structs.replace(e, memory_free_bytes=min(e.memory_free_bytes, config.memory))
@@ -223,7 +228,8 @@ def profile(
         cores=cores(),
         memory_total_bytes=int(memory.total),
         memory_available_bytes=available,
-        disk_free_bytes=_disk_free_bytes(config.home),
+        disk_free_bytes=free_bytes,
+        spare_bytes=spare_bytes(config.spare, free_bytes),
         engines=tuple(measured),
         spread_all=config.spread == "all",
         context_wanted=min(config.context, 1 << 31),
@@ -259,6 +265,23 @@ def available_bytes(setting_bytes: int, free_bytes: int, group_bytes: int | None
     return min(free, setting_bytes) if setting_bytes else free
 
 
+def spare_bytes(setting_bytes: int, free_bytes: int, held_bytes: int = 0) -> int:
+    """What of the disk may be used for spare parts, as `Profile.spare_bytes` tells it.
+
+    held_bytes: of spare parts that are there already. They are counted in, so that the offer stays
+    the same while they arrive: half of what would be free without them, or what is set; in both
+    cases only as far as something stays free. In whole steps, for small files come and go.
+    """
+    without = free_bytes + held_bytes
+    if setting_bytes == SPARE_AUTO:
+        offered = min(without // 2, without - SPARE_FREE_BYTES)
+    else:
+        offered = min(setting_bytes, without - SPARE_FREE_LEAST_BYTES)
+    if offered < setting_bytes or setting_bytes == SPARE_AUTO:
+        offered -= offered % SPARE_STEP_BYTES
+    return max(0, offered)
+
+
 def cores() -> int:
     """Physical cores that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
@@ -272,7 +295,8 @@ def clean_name(text: str) -> str:
     return name[:64] or "unnamed"
 
 
-def _disk_free_bytes(home: Path) -> int:
+def disk_free_bytes(home: Path) -> int:
+    """What is free on the disk under `home`, which need not be there yet; 0: that is unknown."""
     for folder in (home, *home.parents):
         with contextlib.suppress(OSError):
             return shutil.disk_usage(folder).free

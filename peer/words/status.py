@@ -16,6 +16,7 @@ from peer.words.screen import Screen, cells_of, count, duration, note, say, size
 from peer.words.state import PeerState, Status
 
 PEERS_SHOWN = 12  # more would push the ring off the screen; --json has all
+LOSSES_SHOWN = 6
 WATCH_S = 1.0
 
 
@@ -39,6 +40,7 @@ def lines(status: Status, screen: Screen) -> list[str]:
         *_heading(status, screen),
         *_model(status, screen),
         *_peers(status, screen),
+        *_losses(status, screen),
         *_doors(status, screen),
         *_problems(status, screen),
     ]
@@ -147,6 +149,46 @@ def _about(peer: PeerState, screen: Screen) -> str:
     facts += [e.device for e in peer.engines if e.kind not in ("cpu", "")]
     facts.append(peer.address.removeprefix("tcp://"))
     return ", ".join(screen.clean(fact) for fact in facts if fact)
+
+
+def _losses(status: Status, screen: Screen) -> list[str]:
+    """Whether answers would go on without each of the peers; nothing where one is alone."""
+    known = {peer.peer_id for peer in status.peers if peer.state != "lost"}
+    losses = [loss for loss in status.losses if loss.peer_id in known]
+    if len(losses) < 2:
+        return []
+    bad = [loss for loss in losses if loss.outcome != "fine"]
+    safe, every = sum(loss.outcome != "none" for loss in losses), len(losses)
+    if safe == every:
+        text = f"the loss of any one of its {every} peers"
+    else:
+        text = f"the loss of {safe} of its {every} peers" if safe else "no peer's loss"
+    if fetching := _fetching(status):
+        text += f" ({fetching})"
+    style = "yellow" if bad else "green"
+    wrapped = screen.wrap(text, "Survives ")
+    out = [line[:9] + screen.paint(line[9:], style) for line in wrapped]
+    labels = status.labels()
+    for loss in bad[:LOSSES_SHOWN]:
+        name = screen.paint(screen.fit(screen.clean(labels[loss.peer_id]), 14), "bold")
+        if loss.outcome == "fetch":
+            what = f"answers go on after {size(loss.fetch_bytes)} were fetched from other peers"
+        else:
+            what = f"answers end: {loss.why}"
+        first, *more = screen.wrap(what, " " * 17)
+        out += [f"  {name} {first[17:]}", *more]
+    if (more_of := len(bad) - LOSSES_SHOWN) > 0:
+        out.append(f"  and {more_of} more: halka status --json")
+    mine = next((s.why for peer in status.peers for s in status.spares
+                 if peer.me and s.peer_id == peer.peer_id and s.why), "")  # fmt: skip
+    return [*out, *(screen.wrap(f"spare parts: {mine}", "  ", "    ") if mine else []), ""]
+
+
+def _fetching(status: Status) -> str:
+    """How far spare parts are, "" where all of them are there."""
+    total = sum(spare.total_bytes for spare in status.spares)
+    done = sum(spare.done_bytes for spare in status.spares)
+    return f"fetching spare parts: {min(99, 100 * done // total)} %" if done < total else ""
 
 
 def _doors(status: Status, screen: Screen) -> list[str]:

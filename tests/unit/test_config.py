@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peer.config import Config, load
+from peer.config import SPARE_AUTO, Config, load
 from peer.errors import ConfigError
 
 
@@ -73,3 +73,20 @@ def test_a_value_that_cannot_be_is_refused_by_name(
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.toml"):
         load(home(tmp_path, "threads ="), {})
+
+
+@pytest.mark.parametrize(
+    ("told", "means"),
+    [("auto", SPARE_AUTO), ("off", 0), ("OFF", 0), ("20GiB", 20 << 30), (0, 0), ("12345", 12345)],
+)
+def test_spare_is_auto_off_or_a_size(tmp_path: Path, told: str | int, means: int) -> None:
+    assert load(home(tmp_path), {})[0].spare == SPARE_AUTO
+    assert load(home(tmp_path), {"spare": told})[0].spare == means
+
+
+@pytest.mark.parametrize("told", ["-1", -1, "some", "20 GB", True])
+def test_spare_that_is_neither_is_refused_with_what_would_be_right(
+    tmp_path: Path, told: Any
+) -> None:
+    with pytest.raises(ConfigError, match="`spare` is auto, off or a size such as 8GiB"):
+        load(home(tmp_path), {"spare": told})

@@ -13,7 +13,7 @@ import msgspec
 import psutil
 import pytest
 
-from peer.config import Config
+from peer.config import SPARE_AUTO, Config
 from peer.errors import BackendError, ModelError
 from peer.models.imports import import_gguf
 from peer.models.store import Store
@@ -320,3 +320,34 @@ def test_the_fake_engine_is_never_chosen_by_itself(config: Config) -> None:
     automatic = survey.backends_of(changed(config, backend="auto"))
     assert automatic in ((), ("llama_cpp",))
     assert survey.backends_of(config) == ("fake",)
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("setting", "free", "held", "offered"),
+    [
+        (SPARE_AUTO, 100 * GIB, 0, 50 * GIB),  # half
+        (SPARE_AUTO, 80 * GIB, 20 * GIB, 50 * GIB),  # the same while spare parts arrive
+        (SPARE_AUTO, 6 * GIB, 0, 2 * GIB),  # 4 GiB stay free
+        (SPARE_AUTO, 3 * GIB, 0, 0),
+        (SPARE_AUTO, 100 * GIB + 7, 0, 50 * GIB),  # in steps
+        (0, 100 * GIB, 20 * GIB, 0),
+        (20 * GIB, 100 * GIB, 0, 20 * GIB),
+        (20 * GIB, 11 * GIB, 0, 10 * GIB),  # what is set is kept to, not a full disk
+        (20 * GIB, GIB, 5 * GIB, 5 * GIB),
+        (1000, 100 * GIB, 0, 1000),
+    ],
+)
+def test_room_for_spare_parts_leaves_the_disk_usable(
+    setting: int, free: int, held: int, offered: int
+) -> None:
+    assert survey.spare_bytes(setting, free, held) == offered
+
+
+def test_a_profile_offers_room_as_it_is_set(tmp_path: Path) -> None:
+    config = Config(home=tmp_path / "not" / "there", backend="fake", spare=1000)
+    found = survey.profile(config, "a" * 16, ())
+    assert found.disk_free_bytes > 0
+    assert found.spare_bytes == (1000 if found.disk_free_bytes > GIB else 0)
