@@ -10,7 +10,7 @@ came last goes back to the front of the queue and is read anew later: none is lo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +24,7 @@ WAITING_MAX = 64
 WAITING_OF_ONE_MAX = 32  # of one entry peer, so that it cannot keep all others out
 STRETCH_TOKENS = 512  # KV cells are reserved so many ahead: few answers are ever put back
 ALIVE_S = 5.0  # an answer that waits or is being read gives a sign of life so often
+FAULTY_STEPS = 3  # in a row, without a good number between: the fault is a peer's, no answer's
 
 
 Key = tuple[Hashable, str]
@@ -106,7 +107,14 @@ class Lost:
     why: str
 
 
-Action = Run | Deliver | Refuse | Lost
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """This peer computes numbers that are not finite, whatever it is asked."""
+
+    peer_id: str
+
+
+Action = Run | Deliver | Refuse | Lost | Blame
 
 
 @dataclass(slots=True)
@@ -135,6 +143,7 @@ class Scheduler:
     running: dict[int, _Job] = field(default_factory=dict)  # by slot, in order of admission
     late: float | None = None  # when the step in flight is late
     _steps: int = 0
+    _faulty: dict[str, int] = field(default_factory=dict)  # steps in a row, by peer
     _emits: list[_Job] | None = None  # output rows of the step in flight
     _ops: list[Open | Trim | Copy] = field(default_factory=list)
     _free: list[int] = field(default_factory=list)
@@ -219,6 +228,7 @@ class Scheduler:
                 why = f"peer {broken[job.slot]} computed numbers that are not finite"
                 actions.append(Refuse(job.key, "failed", why))
                 self._release(job)
+        actions += self._blame(broken, [job.slot for job in emits])
         if len(event.tokens) != len(emits):
             return [*actions, Lost("the tail answered with another number of tokens")]
         for job, token in zip(emits, event.tokens, strict=True):
@@ -226,6 +236,15 @@ class Scheduler:
                 job.told = now
                 actions.append(self._sampled(job, token))
         return actions
+
+    def _blame(self, broken: Mapping[int, str], emits: Sequence[int]) -> list[Action]:
+        """Count faulty steps. broken: by whom, by slot. emits: slots that a token came for."""
+        faulty = set(broken.values())
+        if any(slot not in broken for slot in emits):
+            faulty = set()  # who can give good numbers is not to blame for one answer's trouble
+        before = self._faulty if not emits else {p: self._faulty.get(p, 0) for p in faulty}
+        self._faulty = before | {p: before.get(p, 0) + 1 for p in faulty}
+        return [Blame(p) for p in sorted(faulty) if self._faulty[p] == FAULTY_STEPS]
 
     def _sampled(self, job: _Job, token: int) -> Deliver:
         position = len(job.ids)

@@ -10,6 +10,7 @@ from peer.protocol import Sampling
 from peer.ring.frames import Fault, Open, Trim
 from peer.ring.scheduler import (
     Action,
+    Blame,
     Cancelled,
     Deliver,
     Lost,
@@ -219,6 +220,59 @@ def test_a_result_of_an_old_step_changes_nothing() -> None:
     machine.step(ask("a", 2), 0)
     machine.step(Returned(1, (5,)), 0)
     assert machine.step(Returned(1, (6,)), 0) == []
+
+
+def blamed(actions: list[Action]) -> list[str]:
+    return [action.peer_id for action in actions if isinstance(action, Blame)]
+
+
+def test_a_peer_whose_numbers_are_not_finite_three_times_in_a_row_is_blamed_once() -> None:
+    machine = make()
+    found = []
+    for i in range(6):
+        run = run_of(machine.step(ask(f"try.{i}", 3), 0))
+        found.append(blamed(machine.step(Returned(run.step, (0,), (Fault(0, "p"),)), 0)))
+        machine.step(Returned(run.step + 1, ()), 0)  # its slot is given back
+    assert found == [[], [], ["p"], [], [], []]
+
+
+def test_a_poisoned_prompt_beside_good_answers_blames_nobody() -> None:
+    machine = make()
+    machine.step(ask("good", 3, tokens=90), 0)
+    step, told = 1, []
+    told += machine.step(Returned(step, (7,)), 0)
+    for i in range(12):
+        # Its chunk joins the good answer's next step; sometimes it is read in a step of its own.
+        told += machine.step(ask(f"bad.{i}", 3), 0)
+        step += 1
+        told += machine.step(Returned(step, (7,)), 0)
+        step += 1
+        slot = next(s for s, job in machine.running.items() if job.key[1].startswith("bad"))
+        order = list(machine.running)
+        tokens = tuple(7 for _ in order)
+        told += machine.step(Returned(step, tokens, (Fault(slot, "p"),)), 0)
+        assert [a.key[1] for a in told if isinstance(a, Refuse)][-1] == f"bad.{i}"
+    assert blamed(told) == []
+
+
+def test_two_bad_steps_and_a_good_one_blame_nobody_and_each_peer_is_counted_for_itself() -> None:
+    machine = make()
+    for i, peer in enumerate(["p", "p", "", "p", "p", "q", "p", "p", "p", "p"]):
+        run = run_of(machine.step(ask(f"try.{i}", 3), 0))
+        faults = (Fault(int(run.slots[0]), peer),) if peer else ()
+        actions = machine.step(Returned(run.step, (99,), faults), 0)
+        assert blamed(actions) == (["p"] if i == 8 else []), i
+        machine.step(Returned(run.step + 1, ()), 0)
+
+
+def test_faults_in_the_middle_of_a_prompt_count_too() -> None:
+    machine, found = make(batch=4), []
+    for i in range(3):
+        run = run_of(machine.step(ask(f"try.{i}", 10), 0))
+        assert not run.outputs.any()
+        found += blamed(machine.step(Returned(run.step, (), (Fault(0, "p"),)), 0))
+        machine.step(Returned(run.step + 1, ()), 0)
+    assert found == ["p"]
 
 
 class Ring:
