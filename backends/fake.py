@@ -6,7 +6,8 @@ its position, everything before it in its slot and the layer's own weights, read
 that a real engine would map: a wrong part, order, position, trim or copy gives other tokens or an
 error, never the right answer by luck.
 
-`HALKA_FAKE_DELAY_S` (or the metadata key `fake.delay_s`) makes each step of a window take longer.
+`HALKA_FAKE_DELAY_S` (or the metadata key `fake.delay_s`) makes each step of a window take longer;
+for what else can go wrong in a stage, see `fake_faults`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from backends import fake_faults
 from backends.base import (
     BackendFault,
     Batch,
@@ -73,6 +75,7 @@ class FakeBackend:
     def load(self, window: Window) -> Footprint:
         """Make the window ready to run. Raises BackendFault naming what is missing."""
         _refuse_others(window.header)
+        fake_faults.at_load(window.first)
         readers = [Reader(path) for path in window.files]
         if window.embed is not None:
             readers.append(Reader(window.embed))
@@ -127,6 +130,7 @@ class FakeBackend:
             rows = self._activations(loaded, x)
         if len(rows) != len(batch.slots):
             raise BackendFault(f"{len(rows)} rows of input for {len(batch.slots)} of the batch")
+        broken = fake_faults.at_step(window.first, rows[:, 0])
         positions = batch.positions.astype(np.int64)
         for layer in loaded.layers:
             rows = np.concatenate(
@@ -136,9 +140,10 @@ class FakeBackend:
         for slot, a, b in spans:
             lengths[slot] = lengths.get(slot, 0) + b - a
         if loaded.output is None:
-            return rows.astype(np.float32)
+            return _infinite(rows.astype(np.float32), broken)
         wanted = batch.outputs
-        return logits_of(loaded.output, rows[wanted], positions[wanted], loaded.end_every)
+        logits = logits_of(loaded.output, rows[wanted], positions[wanted], loaded.end_every)
+        return _infinite(logits, broken[wanted])
 
     def trim(self, slot: Slot, position: int) -> None:
         """Forget, in all windows, what lies at and beyond `position` of the slot."""
@@ -294,6 +299,13 @@ class FakeEngine:
 
 
 ENGINE: Engine = FakeEngine()
+
+
+def _infinite(x: NDArray[np.float32], broken: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The rows, of which some were to go wrong. x: [rows, width]."""
+    if broken.any():
+        x[broken] = np.nan
+    return x
 
 
 def _refuse_others(header: Header) -> None:
