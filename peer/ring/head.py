@@ -52,6 +52,7 @@ class Head:
         self._keys: dict[bytes, str] = {}  # of the agents behind connections, as ZAP found them
         self.vocabulary = 0  # token ids below it exist; set once the windows are loaded
         self.dropped = 0
+        self.blamed = ""  # whose numbers were not finite, step after step
 
     def hear(self) -> None:
         """Everything that entry peers ask for now."""
@@ -126,6 +127,9 @@ class Head:
                 self._reply(key, lambda request: Tokens(request, plan, position, ids, finish))
             case schedule.Refuse(key, code, why):
                 self._reply(key, lambda request: Unanswered(request, plan, code, why[:1000]))
+            case schedule.Blame(peer_id):
+                self.blamed = peer_id
+                log.error("blamed=%s because=not_finite", peer_id)
             case schedule.Lost(why):
                 raise Broken(why)
 

@@ -8,9 +8,9 @@ import os
 import msgspec
 import zmq
 
-from peer.protocol import Message, StageAdmit, StageConnect, StageOrder, StageStop
+from peer.protocol import Message, StageAdmit, StageConnect, StageOrder, StagePing, StageStop
 
-Order = StageOrder | StageConnect | StageAdmit | StageStop
+Order = StageOrder | StageConnect | StageAdmit | StagePing | StageStop
 
 _decoder: msgspec.json.Decoder[Order] = msgspec.json.Decoder(Order)
 

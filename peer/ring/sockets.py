@@ -62,6 +62,15 @@ def as_server(
     socket.zap_domain = domain.encode()
 
 
+def bind(socket: zmq.Socket[Any], interface: str) -> int:
+    """Listen on a port that the system chooses, which is returned."""
+    try:
+        return socket.bind_to_random_port(f"tcp://{interface}")
+    except zmq.ZMQError:  # no IPv6 here
+        socket.setsockopt(zmq.IPV6, 0)
+        return socket.bind_to_random_port(f"tcp://{interface}")
+
+
 class Watch:
     """Tells whether a client's link broke after it had been up: what was on its way may be lost.
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 import backends
 from backends.base import BackendFault, Batch
 from peer.errors import HalkaError, ProtocolError, StalePlan
-from peer.protocol import StageAdmit, StageConnect, StageNews, StageOrder, StageStop
+from peer.protocol import StageAdmit, StageConnect, StageNews, StageOrder, StagePing, StageStop
+from peer.ring import crashing
 from peer.ring import scheduler as schedule
 from peer.ring.frames import (
     HEADER_BYTES_MAX,
@@ -40,7 +41,7 @@ from peer.ring.frames import (
 from peer.ring.head import Broken, Head
 from peer.ring.paces import Paces
 from peer.ring.pipe import Pipe
-from peer.ring.sockets import BROKEN_S, LINK_S, Doorkeeper, Watch, as_client, as_server
+from peer.ring.sockets import BROKEN_S, LINK_S, Doorkeeper, Watch, as_client, as_server, bind
 from peer.ring.windows import Windows
 
 log = logging.getLogger("halka.stage")
@@ -99,8 +100,8 @@ class Stage:
         self.news = msgspec.structs.replace(
             self.news,
             phase="ready",
-            ring_port=_bind(self.pull, self.bind),
-            submit_port=_bind(self.head.socket, self.bind) if self.head else 0,
+            ring_port=bind(self.pull, self.bind),
+            submit_port=bind(self.head.socket, self.bind) if self.head else 0,
             key=self.public.decode(),
             weights_bytes=used.weights_bytes,
             kv_bytes=used.kv_bytes,
@@ -197,6 +198,9 @@ class Stage:
                     self.door.admit("submit", keys)
                     if self.head:
                         self.head.admit(keys)
+                case StagePing(number):
+                    self.news = msgspec.structs.replace(self.news, pong=number)
+                    self.tell(force=True)
                 case StageStop():
                     self.stopping = True
 
@@ -324,8 +328,10 @@ class Stage:
 
     def current_news(self) -> StageNews:
         """What the agent should know now."""
-        active = self.head.scheduler.active if self.head else 0
-        return msgspec.structs.replace(self.news, active=active)
+        if not self.head:
+            return self.news
+        active, blamed = self.head.scheduler.active, self.head.blamed
+        return msgspec.structs.replace(self.news, active=active, blamed=blamed)
 
     def tell(self, force: bool = False) -> None:
         """Tell the agent what changed, not too often."""
@@ -359,19 +365,12 @@ class Stage:
         self.context.term()
 
 
-def _bind(socket: zmq.Socket[Any], bind: str) -> int:
-    try:
-        return socket.bind_to_random_port(f"tcp://{bind}")
-    except zmq.ZMQError:  # no IPv6 here
-        socket.setsockopt(zmq.IPV6, 0)
-        return socket.bind_to_random_port(f"tcp://{bind}")
-
-
 def main() -> int:
     """Read the order, load, run. Exit 0 when told to stop, 1 when something failed."""
     logging.basicConfig(
         stream=sys.stderr, level=os.environ.get("HALKA_LOG", "info").upper(), format="%(message)s"
     )
+    crashing.prepare()
     pipe = Pipe()
     order = pipe.first()
     if order is None:

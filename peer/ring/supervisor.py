@@ -1,7 +1,8 @@
 """Starts, watches and ends this peer's stages. A shell: it decides nothing about plans.
 
 Each stage is a process of its own session, so that a key pressed in a terminal reaches only the
-agent, and it ends by itself when the agent is gone, because its stdin ends then.
+agent, and it ends by itself when the agent is gone, because its stdin ends then. Once it is ready
+it is asked whether it is at work, again and again; one that hangs is ended, and said to have hung.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,26 +22,42 @@ import msgspec
 import psutil
 
 from peer import children
-from peer.planning.plan import PlanId, PlanState
-from peer.protocol import Message, StageAdmit, StageConnect, StageNews, StageOrder, StageStop
+from peer.planning.plan import Plan, PlanId, PlanState
+from peer.protocol import (
+    Message,
+    StageAdmit,
+    StageConnect,
+    StageNews,
+    StageOrder,
+    StagePing,
+    StageStop,
+)
+from peer.ring.endings import why_ended
+from peer.ring.lease import ASK_S, Bounds, Hung, Lease, Ping, Pong
+from peer.ring.vitals import Vitals
 
 log = logging.getLogger("halka.stage")
 
 _LINE_BYTES_MAX = 1 << 20
-_STOP_S = 3.0  # for a stage to end cleanly; then it is killed
-_LAST_LINES = 12  # of a stage's log, for the reason of its end
+_STOP_S = 3.0  # for a stage to end cleanly; then it is killed; then it is left to the kernel
+_LAST_LINES = 80  # of a stage's log, for the reason of its end: a crash leaves a stack
 
 _news: msgspec.json.Decoder[StageNews] = msgspec.json.Decoder(StageNews)
 
 
 @dataclass(slots=True)
 class _Stage:
-    plan: PlanId
+    plan: Plan
     process: asyncio.subprocess.Process
+    vitals: Vitals
+    step_s: float
+    on_gpu: bool
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
+    news: StageNews | None = None  # as the agent knows them
+    lease: Lease | None = None  # from when it is ready
     stopping: bool = False
-    said: str = ""  # its own reason, where it gave one
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    said: str = ""  # its own reason, where it gave one; or that it hung
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)  # its news, its log, its lease
 
 
 class Supervisor:
@@ -49,8 +67,12 @@ class Supervisor:
         self,
         told: Callable[[PlanId, StageNews], None],
         exited: Callable[[PlanId, str], None],
+        *,
+        bounds: Bounds | None = None,
     ) -> None:
+        """told: what a stage says, when it says something new. exited: its end, and why, once."""
         self._told, self._exited = told, exited
+        self._bounds = bounds or Bounds()
         self._stages: dict[PlanId, _Stage] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -77,10 +99,13 @@ class Supervisor:
             env=children.environment(),
         )
         log.info("stage=started plan=%s pid=%d", plan, process.pid)
-        stage = self._stages[plan] = _Stage(plan, process)
+        on_gpu = _on_gpu(state.plan, peer_id)
+        stage = _Stage(state.plan, process, Vitals(process.pid), step_s, on_gpu)
+        self._stages[plan] = stage
         stage.tasks = [
             asyncio.create_task(self._watch(stage), name=f"stage of plan {plan}"),
             asyncio.create_task(self._read_log(stage), name=f"log of plan {plan}"),
+            asyncio.create_task(self._mind(stage), name=f"lease of plan {plan}"),
         ]
         self.send(
             plan,
@@ -114,7 +139,11 @@ class Supervisor:
         if stage is None:
             return
         stage.stopping = True
-        task = asyncio.create_task(self._end(stage), name=f"end of plan {plan}")
+        self._soon(self._end(stage), f"end of plan {plan}")
+
+    def _soon(self, work: Coroutine[None, None, None], name: str) -> None:
+        """Do this beside everything else; `close` waits for it."""
+        task = asyncio.create_task(work, name=name)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
@@ -126,38 +155,99 @@ class Supervisor:
 
     async def _end(self, stage: _Stage) -> None:
         _write(stage, StageStop())
-        process = stage.process
-        try:
-            await asyncio.wait_for(asyncio.shield(stage.tasks[0]), _STOP_S)
-        except TimeoutError:
-            log.warning("stage=killed plan=%s because=did_not_stop", stage.plan)
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        await asyncio.gather(*stage.tasks)
+        if not await self._is_over(stage):
+            log.warning("stage=killed plan=%s because=did_not_stop", stage.plan.id)
+            await self._kill(stage)
+
+    async def _is_over(self, stage: _Stage) -> bool:
+        """Wait for its end, for a while."""
+        done, _ = await asyncio.wait(stage.tasks[:1], timeout=_STOP_S)
+        return bool(done)
+
+    async def _kill(self, stage: _Stage) -> None:
+        """End it, and what it started, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(stage.process.pid, signal.SIGKILL)
+        if not await self._is_over(stage):
+            # In the middle of something that the kernel does not interrupt, as with a dead disk;
+            # what watches it goes on, and is no reason to wait.
+            log.error("stage=left plan=%s pid=%d", stage.plan.id, stage.process.pid)
 
     async def _watch(self, stage: _Stage) -> None:
-        assert stage.process.stdout is not None
-        while line := await _line(stage.process.stdout):
+        """Read its news until it ends; tell that."""
+        process = stage.process
+        assert process.stdout is not None
+        while line := await _line(process.stdout):
             try:
-                news = _news.decode(line)
+                self._heard(stage, _news.decode(line))
             except msgspec.MsgspecError as error:
-                log.warning("dropped=news plan=%s because=%s", stage.plan, error)
-                continue
-            if news.phase == "failed":
-                stage.said = news.why  # told with its exit, once
-            elif not stage.stopping:
-                self._told(stage.plan, news)
-        code = await stage.process.wait()
-        if stage.process.stdin is not None:
-            stage.process.stdin.close()
-        if stage.stopping:
-            log.info("stage=stopped plan=%s", stage.plan)
-            return
-        self._stages.pop(stage.plan, None)
+                log.warning("dropped=news plan=%s because=%s", stage.plan.id, error)
+        code = await process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
         await stage.tasks[1]  # the rest of its log
-        why = stage.said or _cause(code, stage.lines)
-        log.error("stage=ended plan=%s code=%d because=%s", stage.plan, code, why)
-        self._exited(stage.plan, why)
+        stage.tasks[2].cancel()
+        if stage.stopping:
+            log.info("stage=stopped plan=%s", stage.plan.id)
+            return
+        killed = code == -signal.SIGKILL and not stage.said
+        ran_out = killed and await asyncio.to_thread(stage.vitals.killed_for_memory)
+        loading = stage.lease is None
+        lines = list(stage.lines)
+        why = stage.said or why_ended(code, lines, loading=loading, memory_ran_out=ran_out)
+        log.error("stage=ended plan=%s code=%d because=%s", stage.plan.id, code, why)
+        self._over(stage, why)
+
+    def _over(self, stage: _Stage, why: str) -> None:
+        """Tell its end, once; nobody asks after one that is being stopped."""
+        if self._stages.get(stage.plan.id) is stage:
+            del self._stages[stage.plan.id]
+            self._exited(stage.plan.id, why)
+
+    def _heard(self, stage: _Stage, news: StageNews) -> None:
+        now = time.monotonic()
+        if news.phase == "failed":
+            stage.said = stage.said or news.why  # told with its exit, once
+            return
+        if stage.lease is None and news.phase != "loading":
+            rows_max = stage.plan.split.batch_tokens
+            stage.lease = Lease(now, rows_max, stage.step_s, stage.on_gpu, self._bounds)
+        if stage.lease is not None:
+            timed = news.timed
+            # One row of a batch takes no longer than a row that is alone.
+            row_s = (timed.prefill_s or timed.decode_s) if timed else 0.0
+            stage.lease.step(Pong(news.pong, row_s), now)
+        news = msgspec.structs.replace(news, pong=0)
+        if news != stage.news and not stage.stopping:
+            stage.news = news
+            self._told(stage.plan.id, news)
+
+    async def _mind(self, stage: _Stage) -> None:
+        """Look at it and ask it, until it ends or has to be ended."""
+        while True:
+            look = await asyncio.to_thread(stage.vitals.look)
+            if stage.process.returncode is not None:  # and yet something has its pipes
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(stage.process.pid, signal.SIGKILL)
+            elif look is not None and stage.lease is not None and not stage.stopping:
+                for action in stage.lease.step(look, time.monotonic()):
+                    match action:
+                        case Ping(number):
+                            _write(stage, StagePing(number))
+                        case Hung(why):
+                            return self._hung(stage, why)
+            wait_s = stage.lease.deadline - time.monotonic() if stage.lease else ASK_S
+            await asyncio.sleep(max(0.01, wait_s))
+
+    def _hung(self, stage: _Stage, why: str) -> None:
+        log.error("stage=hung plan=%s pid=%d because=%s", stage.plan.id, stage.process.pid, why)
+        stage.said = why
+
+        async def end() -> None:
+            await self._kill(stage)
+            self._over(stage, why)  # also where it could not be killed: the others go on
+
+        self._soon(end(), f"end of plan {stage.plan.id}")
 
     async def _read_log(self, stage: _Stage) -> None:
         assert stage.process.stderr is not None
@@ -165,7 +255,13 @@ class Supervisor:
             text = line.decode("utf-8", "replace").rstrip()[:500]
             if text:
                 stage.lines.append(text)
-                log.debug("plan=%s %s", stage.plan, text)
+                log.debug("plan=%s %s", stage.plan.id, text)
+
+
+def _on_gpu(plan: Plan, peer_id: str) -> bool:
+    """Whether the peer's windows are for a GPU, which a stage may await without computing."""
+    windows = [plan.split.windows[index] for index in plan.windows_of(peer_id)]
+    return any(window.gpu_layers != 0 and window.backend != "fake" for window in windows)
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:
@@ -181,21 +277,6 @@ def _write(stage: _Stage, message: Message) -> None:
     stdin = stage.process.stdin
     if stdin is not None and not stdin.is_closing():
         stdin.write(msgspec.json.encode(message) + b"\n")
-
-
-def _cause(code: int, lines: deque[str]) -> str:
-    """Why a stage ended, from its exit code and its last words."""
-    if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        why = f"its process was ended by {name}"
-        if -code == signal.SIGKILL:
-            why += " (killed by hand, or out of memory)"
-    else:
-        why = f"its process ended with code {code}"
-    return why + (f"; last words: {lines[-1]}" if lines else "")
 
 
 def physical_cores() -> int:

@@ -37,7 +37,7 @@ PURE = {
     "peer.planning.outlook", "peer.planning.spares", "peer.planning.foresight",
     "peer.planning.duty_events",
     "peer.ring.paces",
-    "peer.ring.scheduler", "peer.ring.generation",
+    "peer.ring.scheduler", "peer.ring.generation", "peer.ring.lease", "peer.ring.endings",
     "peer.planning.trials",
 }  # fmt: skip
 PURE_LATER = {"peer.ring.speculation"}
