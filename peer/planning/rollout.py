@@ -140,10 +140,9 @@ class Rollout:
                 self._failures.forget(peer_id)
         if lost := before.present - members.present:
             self._failures.forgive(lost, now)
-        for peer_id in sorted(lost - before.leaving):
-            self._steadiness.lost(peer_id, now)
-        for peer_id in sorted(members.present - before.present):
-            self._steadiness.back(peer_id, now)
+        if any(running.serves for running in self._running.values()):  # else it disturbs nobody
+            self._steadiness.lost(lost - before.leaving, now)
+        self._steadiness.back(members.present - before.present, now)
         if members.leaving - before.leaving:
             self._haste = True
         notes = []
@@ -250,6 +249,8 @@ class Rollout:
             self._seen = self._planned = None  # it ended meanwhile: think again
             return []
         notes = self._roll_out(answer.plan, current, now, answer.gain)
+        if answer.kept and (why := answer.whys.get(answer.plan.shape.digest)):
+            return [*notes, *self._without(why)]  # nobody can take over from who wants to go
         return [*notes, *self._say_instead(answer.plan.shape, answer.whys)]
 
     def _measuring_until(self, now: float) -> float:

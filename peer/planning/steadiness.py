@@ -8,6 +8,7 @@ oftener it was lost. One that said that it goes is not held to it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 STEADY_S = (5.0, 30.0, 120.0)  # without a loss, after the first, second, third and later ones
@@ -27,16 +28,18 @@ class Steadiness:
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
 
-    def lost(self, peer_id: str, now: float) -> None:
-        """It was lost, and had not said that it goes."""
+    def lost(self, peers: Iterable[str], now: float) -> None:
+        """These were lost, and had not said that they go."""
         self._known = {p: known for p, known in self._known.items() if now - known.lost < FORGET_S}
-        known = self._known.get(peer_id)
-        self._known[peer_id] = _Known(known.losses + 1 if known else 1, now)
+        for peer_id in peers:
+            known = self._known.get(peer_id)
+            self._known[peer_id] = _Known(known.losses + 1 if known else 1, now)
 
-    def back(self, peer_id: str, now: float) -> None:
-        """It is here (again)."""
-        if (known := self._known.get(peer_id)) is not None:
-            known.back = now
+    def back(self, peers: Iterable[str], now: float) -> None:
+        """These are here (again)."""
+        for peer_id in peers:
+            if (known := self._known.get(peer_id)) is not None:
+                known.back = now
 
     def shaky(self, now: float) -> dict[str, str]:
         """Peers that have not held for long enough yet, each with the reason, in words."""

@@ -9,7 +9,7 @@ from peer.planning.steadiness import FORGET_S, STEADY_S, Steadiness
 
 def test_a_peer_that_was_never_lost_is_steady_from_its_first_moment() -> None:
     steadiness = Steadiness()
-    steadiness.back("a", 10.0)
+    steadiness.back(["a"], 10.0)
     assert steadiness.shaky(10.0) == {}
     assert steadiness.deadline(10.0) == math.inf
 
@@ -17,9 +17,9 @@ def test_a_peer_that_was_never_lost_is_steady_from_its_first_moment() -> None:
 def test_one_that_came_back_has_to_stay_the_longer_the_oftener_it_was_lost() -> None:
     steadiness, now = Steadiness(), 0.0
     for losses, steady_s in enumerate((*STEADY_S, STEADY_S[-1]), start=1):
-        steadiness.lost("a", now)
+        steadiness.lost(["a"], now)
         assert steadiness.shaky(now + 0.5) == {}  # nobody plans with a peer that is not here
-        steadiness.back("a", now + 1)
+        steadiness.back(["a"], now + 1)
         assert str(losses if losses > 1 else "once") in steadiness.shaky(now + 1)["a"]
         assert steadiness.deadline(now + 1) == now + 1 + steady_s
         assert "a" in steadiness.shaky(now + 1 + steady_s - 0.1)
@@ -30,9 +30,9 @@ def test_one_that_came_back_has_to_stay_the_longer_the_oftener_it_was_lost() -> 
 def test_what_is_long_ago_is_forgotten() -> None:
     steadiness = Steadiness()
     for now in (0.0, 100.0):
-        steadiness.lost("a", now)
-        steadiness.back("a", now + 1)
+        steadiness.lost(["a"], now)
+        steadiness.back(["a"], now + 1)
     later = 100.0 + FORGET_S
-    steadiness.lost("a", later)
-    steadiness.back("a", later)
+    steadiness.lost(["a"], later)
+    steadiness.back(["a"], later)
     assert steadiness.deadline(later) == later + STEADY_S[0]
