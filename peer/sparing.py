@@ -175,13 +175,10 @@ class Sparing:
 
     async def _fetch(self) -> None:
         """What this peer is to hold, a part at a time, when nothing else happens."""
-        looked: Outlook | None = None
         while True:
             told, at = self.outlook, time.monotonic()
             missing = await self._missing(told)
-            if told is not looked or missing:
-                self._note(missing)
-                looked = told
+            self._note(missing)
             due: tuple[str, str] | None = None
             while due is None and self.outlook is told and time.monotonic() < at + STORE_S:
                 due = self._due(missing)

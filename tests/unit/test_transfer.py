@@ -568,3 +568,22 @@ def test_a_part_that_was_finished_while_another_fetch_opened_it_stays_as_it_is(
         assert not second.open()
     store.verify(manifest.digest, "head")
     assert not list(store.folder(manifest.digest).glob(".*.partial"))
+
+
+async def test_what_can_wait_asks_for_one_chunk_at_a_time_and_rests_after_each(
+    origin: Store, store: Store, manifest: Manifest
+) -> None:
+    net = Net(origin, "a")
+    took: list[float] = []
+
+    def rest(chunk_s: float) -> float:
+        assert net.flying == 0
+        took.append(chunk_s)
+        return 0.0
+
+    await fetch(store, manifest.digest, ["embed"], net.offers, net.ask, None, rest)
+    await asyncio.to_thread(store.verify, manifest.digest, "embed")
+    assert net.flying_max == 1
+    assert net.asked["a"] > 3
+    assert len(took) == net.asked["a"] - 1  # nothing comes after the last one
+    assert min(took) > 0
