@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from peer.models.store import Store
 from peer.planning.plan import Plan, PlanId, PlanState, PlanWindow, Split, StageLink
 from peer.protocol import Sampling, StageConnect, StageNews
 from peer.ring.entry import Entry
+from peer.ring.generation import Give, Offer, Patience
+from peer.ring.lease import Bounds
 from peer.ring.supervisor import Supervisor
 from tests.plans import PEERS
 
@@ -38,17 +40,20 @@ def plan_of(
 
 
 class Ring:
-    """The stages of one plan, each told of by its own supervisor, and an entry to its head."""
+    """The stages of one plan, each told of by its own supervisor, and an entry to its head.
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    No other plan ever comes: an answer that waits for one soon ends with the reason.
+    """
+
+    def __init__(self, plan: Plan, bounds: Bounds | None = None) -> None:
+        self.plan, self._bounds = plan, bounds
         self.news: dict[str, StageNews] = {}
         self.exits: dict[str, str] = {}
         self.changed = asyncio.Event()
         self.supervisors = {peer: self._supervisor(peer) for peer in plan.ring}
         public, secret = zmq.curve_keypair()
         self.key = public.decode()
-        self.entry = Entry(public, secret, silence_s=20.0)
+        self.entry = Entry(public, secret, Patience(silence_s=20.0, plan_s=1.0))
 
     def _supervisor(self, peer: str) -> Supervisor:
         def told(plan: PlanId, news: StageNews) -> None:
@@ -60,7 +65,7 @@ class Ring:
             self.entry.end(plan, why)
             self.changed.set()
 
-        return Supervisor(told, exited)
+        return Supervisor(told, exited, bounds=self._bounds)
 
     async def until(self, *phases: str) -> None:
         """Wait until every stage is in one of the phases."""
@@ -95,12 +100,24 @@ class Ring:
         await self.until("linked")
         head = self.news[self.plan.head]
         self.entry.open(self.plan.id, f"tcp://127.0.0.1:{head.submit_port}", head.key)
-        self.entry.serve(self.plan.id)
+        self.entry.serve(self.offer)
+
+    @property
+    def offer(self) -> Offer:
+        """The plan, as answers want it."""
+        return Offer(self.plan.id, self.plan.shape.digest, self.plan.split.context)
 
     def link(self, peer: str) -> StageLink:
         """Where a stage listens."""
         news = self.news[peer]
         return StageLink(peer, news.ring_port, news.key, news.submit_port)
+
+    def answer(
+        self, ids: Sequence[int], count: int, sampling: Sampling | None = None
+    ) -> AsyncGenerator[Give, None]:
+        """The answer as it comes; greedy unless told otherwise."""
+        chosen = sampling or Sampling(temperature=0.0)
+        return self.entry.answer(tuple(ids), chosen, count, (), self.plan.shape.digest)
 
     async def tokens(
         self,
@@ -112,7 +129,8 @@ class Ring:
         """The whole answer; greedy unless told otherwise."""
         chosen = sampling or Sampling(temperature=0.0)
         found: list[int] = []
-        async for given in self.entry.answer(tuple(ids), chosen, count, ends):
+        digest = self.plan.shape.digest
+        async for given in self.entry.answer(tuple(ids), chosen, count, ends, digest):
             found += given.ids
         return found
 
@@ -124,9 +142,11 @@ class Ring:
 
 
 @asynccontextmanager
-async def running(plan: Plan, folder: Path, threads: int = 1) -> AsyncIterator[Ring]:
+async def running(
+    plan: Plan, folder: Path, threads: int = 1, bounds: Bounds | None = None
+) -> AsyncIterator[Ring]:
     """A ring that is linked, and gone afterwards."""
-    ring = Ring(plan)
+    ring = Ring(plan, bounds)
     try:
         await ring.start(folder, threads)
         yield ring

@@ -72,7 +72,7 @@ class Model:
 class Stages:
     """The stages of one plan, told of by their supervisors, and a client of its head."""
 
-    def __init__(self, plan: Plan, bounds: Bounds | None) -> None:
+    def __init__(self, plan: Plan, bounds: Bounds | None = None) -> None:
         self.plan = plan
         self.news: dict[str, StageNews] = {}
         self.exits: dict[str, tuple[str, float]] = {}  # why, and when

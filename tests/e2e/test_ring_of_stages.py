@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -16,17 +17,20 @@ import pytest
 import zmq
 
 from backends.fake_model import EOS
-from peer.errors import AnswerFailed, NoPlan, RequestError
+from peer.errors import AnswerFailed, RequestError
 from peer.models.imports import import_gguf
 from peer.models.manifest import Manifest
 from peer.models.store import Store
 from peer.planning.plan import PlanId
-from peer.protocol import Sampling, StageAdmit
+from peer.protocol import Sampling, StageAdmit, Tokens
 from peer.ring.entry import Entry
 from peer.ring.frames import FrameHeader
+from peer.ring.generation import Patience
 from peer.ring.sockets import as_client
 from tests import fake_models
+from tests.conftest import Until
 from tests.e2e.rings import Ring, plan_of, running
+from tests.e2e.stages import Stages
 from tests.plans import PEERS
 
 PROMPT = [256, *b"What is a ring?"]
@@ -101,8 +105,7 @@ async def test_an_end_token_ends_the_answer_and_is_not_part_of_it(tmp_path: Path
 
 
 async def test_a_reader_that_leaves_frees_the_slot_and_stops_the_steps(ring: Ring) -> None:
-    answer = ring.entry.answer(tuple(PROMPT), Sampling(temperature=0.0), 1900, ())
-    async with aclosing(answer):
+    async with aclosing(ring.answer(PROMPT, 1900)) as answer:
         async for _ in answer:
             break
     await ring.idle()
@@ -122,7 +125,7 @@ async def test_a_killed_stage_ends_the_answer_with_an_error_and_leaves_the_other
     victim = PEERS[1]
 
     async def read() -> None:
-        async for _ in ring.entry.answer(tuple(PROMPT), Sampling(temperature=0.0), 1900, ()):
+        async for _ in ring.answer(PROMPT, 1900):
             if not ring.exits:
                 for pid in ring.supervisors[victim].pids().values():
                     os.kill(pid, signal.SIGKILL)
@@ -171,80 +174,84 @@ class Cable:
         await self.cut()
 
 
-async def test_a_broken_link_to_the_head_ends_the_answer_at_once_and_the_next_one_goes(
+async def test_an_answer_goes_on_at_once_over_a_new_link_to_the_head(
     house: House, ring: Ring
 ) -> None:
     ring.entry.end(ring.plan.id, "laid anew")
     head = ring.link(PEERS[0])
     cable = Cable(head.submit_port)
     ring.entry.open(ring.plan.id, f"tcp://127.0.0.1:{await cable.lay()}", head.key)
-    ring.entry.serve(ring.plan.id)
-    answer = ring.entry.answer(tuple(PROMPT), Sampling(temperature=0.0), 1900, ())
-
-    async def read() -> None:
-        async for _ in answer:
-            await cable.cut()
-
+    ring.entry.serve(ring.offer)
+    found: list[int] = []
     try:
-        with pytest.raises(AnswerFailed, match="link to the head"):
-            await asyncio.wait_for(read(), 8)  # it would notice silence after 20
+        async with asyncio.timeout(8), aclosing(ring.answer(PROMPT, 300)) as answer:
+            async for given in answer:  # it would notice silence after 20
+                found += given.ids
+                if len(found) in (1, 150):
+                    await cable.cut()
+        assert found == house.truth(PROMPT, 300)
+        assert ring.entry.continued == 2
         await ring.idle()
-        assert await ring.tokens(PROMPT, 5) == house.truth(PROMPT, 5)
     finally:
-        await answer.aclose()
         await cable.close()
 
 
 async def test_answers_of_an_agent_that_is_gone_stop_before_their_first_token(
-    house: House, tmp_path: Path
+    tmp_path: Path, until: Until
 ) -> None:
     slow = House(tmp_path, end_every=0, delay_s=0.1)
-    plan = plan_of(slow.store, slow.manifest, [6], "fake", batch_tokens=1)
-    async with running(plan, slow.folder) as ring:
-        reading = asyncio.create_task(ring.tokens([256, *range(200)], 5))  # 40 s of prefill
-        while not ring.news[PEERS[0]].active:
-            ring.changed.clear()
-            await asyncio.wait_for(ring.changed.wait(), 10)
-        ring.supervisors[PEERS[0]].send(plan.id, StageAdmit(()))
-        await ring.idle()
-        reading.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reading
+    ring = Stages(plan_of(slow.store, slow.manifest, [6], "fake", batch_tokens=1))
+    try:
+        await ring.start(slow.folder, until)
+        await ring.submit([256, *range(200)], 5)  # 40 s of prefill
+        await until(lambda: ring.news[PEERS[0]].active, 10, "it is being read")
+        ring.supervisors[PEERS[0]].send(ring.plan.id, StageAdmit(()))
+        await until(lambda: not ring.news[PEERS[0]].active, 5, "it stopped")
+        while isinstance(said := await ring.said(), Tokens):
+            assert not said.ids
+        assert said.code == "stale", "it may go on where its agent is in reach"
+    finally:
+        await ring.close()
 
 
 async def test_no_plan_means_no_answer(ring: Ring) -> None:
     ring.entry.serve(None)
-    with pytest.raises(NoPlan):
+    with pytest.raises(AnswerFailed, match="no ring serves"):
         await ring.tokens(PROMPT, 3)
 
 
-async def test_submits_of_another_plan_are_refused_as_stale(ring: Ring) -> None:
+async def test_submits_of_another_plan_are_refused_as_stale_and_wait_for_the_right_one(
+    house: House, ring: Ring, until: Until
+) -> None:
     head = ring.link(PEERS[0])
-    other = PlanId(1, 2)
-    ring.entry.open(other, f"tcp://127.0.0.1:{head.submit_port}", head.key)
-    ring.entry.serve(other)
-    with pytest.raises(NoPlan, match=r"1\.1 is served"):
-        await asyncio.wait_for(ring.tokens(PROMPT, 3), 10)
+    other = msgspec.structs.replace(ring.plan, id=PlanId(1, 2))
+    ring.entry.open(other.id, f"tcp://127.0.0.1:{head.submit_port}", head.key)
+    ring.entry.serve(dataclasses.replace(ring.offer, plan=other.id))
+    async with asyncio.timeout(10):
+        asked = asyncio.create_task(ring.tokens(PROMPT, 3))
+        await until(lambda: ring.entry.waiting, 5, "it was refused")
+        ring.entry.serve(ring.offer)
+        assert await asked == house.truth(PROMPT, 3)
 
 
 async def test_an_agent_that_is_not_admitted_gets_no_answer_until_it_is(ring: Ring) -> None:
-    head = ring.link(PEERS[0])
+    head, digest = ring.link(PEERS[0]), ring.plan.shape.digest
     public, secret = zmq.curve_keypair()
-    stranger = Entry(public, secret, silence_s=1.0)
+    stranger = Entry(public, secret, Patience(silence_s=1.0, plan_s=1.0))
     try:
         stranger.open(ring.plan.id, f"tcp://127.0.0.1:{head.submit_port}", head.key)
-        stranger.serve(ring.plan.id)
+        stranger.serve(ring.offer)
         with pytest.raises(AnswerFailed):
-            async for _ in stranger.answer((256, 65), Sampling(temperature=0.0), 3, ()):
+            async for _ in stranger.answer((256, 65), Sampling(temperature=0.0), 3, (), digest):
                 pass
     finally:
         await stranger.close()
     ring.supervisors[PEERS[0]].send(ring.plan.id, StageAdmit((public.decode(),)))
-    admitted = Entry(public, secret, silence_s=10.0)
+    admitted = Entry(public, secret, Patience(silence_s=10.0, plan_s=1.0))
     try:
         admitted.open(ring.plan.id, f"tcp://127.0.0.1:{head.submit_port}", head.key)
-        admitted.serve(ring.plan.id)
-        async for given in admitted.answer((256, 65), Sampling(temperature=0.0), 3, ()):
+        admitted.serve(ring.offer)
+        async for given in admitted.answer((256, 65), Sampling(temperature=0.0), 3, (), digest):
             assert given.ids
     finally:
         await admitted.close()

@@ -141,7 +141,7 @@ async def test_a_crash_while_loading_is_told_as_such(
     model: Model, switch: Switch, until: Until
 ) -> None:
     switch.on("load-crash", first=0)
-    alone = Stages(model.plan(), None)
+    alone = Stages(model.plan())
     try:
         await alone.begin(PEERS[0], model.folder)
         why = await alone.ended(PEERS[0], 20, until)
@@ -265,7 +265,7 @@ async def test_the_end_of_a_stage_is_seen_though_its_child_holds_its_pipes(
         "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', "
         "'import time; time.sleep(1000)']); print(child.pid, file=sys.stderr, flush=True)"
     )
-    alone = Stages(model.plan(), None)
+    alone = Stages(model.plan())
     with mock.patch.object(children, "command", return_value=(sys.executable, "-c", code)):
         await alone.begin(PEERS[0], model.folder)
     why = await alone.ended(PEERS[0], 5, until)

@@ -62,7 +62,7 @@ async def test_a_peer_that_is_admitted_at_once_may_submit(order: StageOrder) -> 
         await ring.until("ready")
         head = ring.news[order.peer_id]
         ring.entry.open(ring.plan.id, f"tcp://127.0.0.1:{head.submit_port}", head.key)
-        ring.entry.serve(ring.plan.id)
+        ring.entry.serve(ring.offer)
         async with asyncio.timeout(20):
             assert len(await ring.tokens([256, 65], 5, Sampling(temperature=0.0))) == 5
     finally:
