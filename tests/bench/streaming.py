@@ -101,7 +101,7 @@ async def ask(ring: Ring, tokens: int) -> Seen:
     (pid,) = ring.supervisors[PEERS[0]].pids().values()
     ids: list[int] = []
     times, read = [], []
-    async for given in ring.entry.answer(PROMPT, GREEDY, tokens + WARM, ()):
+    async for given in ring.answer(PROMPT, tokens + WARM, GREEDY):
         ids += given.ids
         times += [time.perf_counter()] * len(given.ids)
         read += [limited.read_bytes(pid)] * len(given.ids)

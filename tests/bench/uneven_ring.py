@@ -25,6 +25,7 @@ from peer.protocol import (
     StageStop,
 )
 from peer.ring.entry import Entry
+from peer.ring.generation import Offer, Patience
 from tests.bench.pace import Pace, is_even, quick
 from tests.bench.uneven import House, used
 
@@ -126,7 +127,7 @@ class Rings:
         self._pace, self._patience_s = pace, patience_s
         public, secret = zmq.curve_keypair()
         self._key = public.decode()
-        self._entry = Entry(public, secret, silence_s=STEP_S)
+        self._entry = Entry(public, secret, Patience(silence_s=STEP_S))
         self._rings: list[Ring] = []
 
     async def start(self, plan: Plan, names: dict[str, str], threads: int = 1) -> Ring:
@@ -194,11 +195,12 @@ class Rings:
     async def once(self, ring: Ring, prompt: Sequence[int], tokens: int) -> Answer:
         """One greedy answer, whatever others do."""
         pids = self._pids()
-        self._entry.serve(ring.plan.id)
+        plan, digest = ring.plan, ring.plan.shape.digest
+        self._entry.serve(Offer(plan.id, digest, plan.split.context))
         ids: list[int] = []
         times: list[float] = []
         before, began = used(pids), time.perf_counter()
-        async for given in self._entry.answer(tuple(prompt), GREEDY, tokens, ()):
+        async for given in self._entry.answer(tuple(prompt), GREEDY, tokens, (), digest):
             if given.ids:
                 ids += given.ids
                 times.append(time.perf_counter())

@@ -237,21 +237,17 @@ def test_a_peer_whose_numbers_are_not_finite_three_times_in_a_row_is_blamed_once
 
 
 def test_a_poisoned_prompt_beside_good_answers_blames_nobody() -> None:
+    """Not even where every single step has a row of it: the others' tokens come from good ones."""
     machine = make()
-    machine.step(ask("good", 3, tokens=90), 0)
-    step, told = 1, []
-    told += machine.step(Returned(step, (7,)), 0)
+    run = run_of(machine.step(ask("good", 3, tokens=90), 0))
+    told: list[Action] = []
     for i in range(12):
-        # Its chunk joins the good answer's next step; sometimes it is read in a step of its own.
-        told += machine.step(ask(f"bad.{i}", 3), 0)
-        step += 1
-        told += machine.step(Returned(step, (7,)), 0)
-        step += 1
-        slot = next(s for s, job in machine.running.items() if job.key[1].startswith("bad"))
-        order = list(machine.running)
-        tokens = tuple(7 for _ in order)
-        told += machine.step(Returned(step, tokens, (Fault(slot, "p"),)), 0)
-        assert [a.key[1] for a in told if isinstance(a, Refuse)][-1] == f"bad.{i}"
+        told += machine.step(ask(f"bad.{i}", 3), 0)  # joins the next step
+        bad = [slot for slot, job in machine.running.items() if job.key[1] != "good"]
+        faults = tuple(Fault(slot, "p") for slot in bad)
+        told += (actions := machine.step(Returned(run.step, (7,) * sum(run.outputs), faults), 0))
+        run = run_of(actions)
+    assert [a.key[1] for a in told if isinstance(a, Refuse)] == [f"bad.{i}" for i in range(11)]
     assert blamed(told) == []
 
 
