@@ -196,6 +196,13 @@ def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
     world.do(Foreseen(1, told(outcome="none"), 0.1))
     world.do(Foreseen(99, told(outcome="none"), 0.1))
     assert world.published == before
+    world.do(Seen(standing(members("a", "b", "c"))))
+    world.wait(REST_S + 1)
+    assert len(world.asked) == 2
+    world.do(Foreseen(1, told(outcome="none"), 0.1))  # the first one's, once more
+    assert world.published[-1][1] == told()
+    world.answer(told(outcome="fetch"))
+    assert world.published[-1][1] == told(outcome="fetch")
 
 
 def test_who_does_not_coordinate_is_silent_and_goes_on_where_another_was() -> None:
