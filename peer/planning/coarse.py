@@ -6,9 +6,11 @@ layers) a peer, see `cuts`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from peer.planning.costs import Problem
+from peer.planning.costs import UNREACHED_S, Problem
 from peer.planning.cuts import Cuts, Needs, nearest
 from peer.planning.rings import Ring, made
 
@@ -30,6 +32,7 @@ def in_proportion(of: Problem, everyone: bool) -> Ring | None:
     rooms = [able.gpu_bytes if able.gpu and not able.unified else able.ram_bytes
              for able in of.peers]  # fmt: skip
     order = sorted(range(len(rooms)), key=lambda i: (-rooms[i], i))
+    order = _together(of, order)
     needs = Needs(
         Cuts(shape),
         np.array(shape.layer_bytes, np.int64)
@@ -43,3 +46,12 @@ def in_proportion(of: Problem, everyone: bool) -> Ring | None:
     steps = [(i, a, b) for i, (a, b) in zip(order, edges, strict=False) if a < b]
     layers = [shape.layers if of.peers[i].gpu else 0 for i, _, _ in steps]
     return made(of, steps, 1, layers) if steps else None
+
+
+def _together(of: Problem, order: Sequence[int]) -> list[int]:
+    """Of these peers those that all reach each other, as far as this order goes."""
+    kept: list[int] = []
+    for peer in order:
+        if all(of.hop_s[peer, other] < UNREACHED_S for other in kept):
+            kept.append(peer)
+    return kept

@@ -45,6 +45,9 @@ HOP_CPU_S = 3.8e-4  # of a stage's processor for each hop; a part of it overlaps
 HOP_S = 2e-4  # of the two stages' Python and ZeroMQ around a frame, beyond the wire
 RTT_S = 1e-3  # of a link that was not measured: Ethernet and a switch
 BYTES_PER_S = 6e7  # of such a link: half a Gbit/s
+# Of a hop between two that do not reach each other: longer than any token that is waited for, so
+# that every search goes another way where there is one; finite, so that sums stay numbers.
+UNREACHED_S = 1e4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,11 +77,14 @@ def problem(profiles: Sequence[Profile], shape: ModelShape, size: Size) -> Probl
     peers = tuple(able(p, shape, size) for p in profiles if p.engines)
     bytes_hop, bytes_chunk = 4 * shape.hidden, 4 * shape.hidden * size.batch_tokens
     links = [[_link(a.profile, b.profile) for b in peers] for a in peers]
+    apart = [[a is not b and cut_off(a.profile, b.profile) for b in peers] for a in peers]
+    broken = np.array(apart, np.bool_).reshape(len(peers), len(peers))
 
     def matrix(carried: int) -> Floats:
         rows = [[0.0 if a is b else way(links[i][j], carried) for j, b in enumerate(peers)]
                 for i, a in enumerate(peers)]  # fmt: skip
-        return np.array(rows, np.float64).reshape(len(peers), len(peers))
+        ways = np.array(rows, np.float64).reshape(len(peers), len(peers))
+        return np.where(broken, UNREACHED_S, ways)
 
     return Problem(
         shape, size, peers, matrix(bytes_hop), matrix(bytes_chunk), matrix(0),
@@ -112,6 +118,12 @@ def _link(a: Profile, b: Profile) -> Link:
         return Link(b.peer_id, back.rtt_s, back.bytes_per_s) if back else Link(b.peer_id, RTT_S)
     rtt_s = min(there.rtt_s, back.rtt_s) if back else there.rtt_s
     return Link(b.peer_id, rtt_s, there.bytes_per_s or (back.bytes_per_s if back else 0.0))
+
+
+def cut_off(a: Profile, b: Profile) -> bool:
+    """Whether two peers do not reach each other: the word of either is enough, as frames go one way
+    and what they are answered with the other."""
+    return b.peer_id in a.unreachable or a.peer_id in b.unreachable
 
 
 def way(link: Link, carried_bytes: int) -> float:

@@ -25,9 +25,9 @@ from functools import cached_property
 import numpy as np
 
 from peer.planning import baselines, counts, ring_order, subsets
-from peer.planning.costs import Floats, Problem
+from peer.planning.costs import UNREACHED_S, Floats, Problem
 from peer.planning.plan import WINDOWS_MAX
-from peer.planning.rings import PLAIN, Lean, Prices, Ring, Wanted
+from peer.planning.rings import PLAIN, Before, Lean, Prices, Ring, Wanted
 
 __all__ = ["Ring", "Wanted", "searched", "solve"]
 
@@ -37,6 +37,9 @@ AS_FAST = 5e-4  # of the best TPOT: closer than that, TTFT decides
 AS_FAST_MISSING = 1e-2  # closer than that, what has to be fetched decides
 AS_BUSY = 1e-3  # of the best bottleneck: closer than that, TPOT decides
 LEANINGS = (8.0, 1.0)  # of what is certain to stay within the slack
+# The same after a loss. With the most, one layer of a hundred that is fetched outweighs the slack.
+LEANINGS_BEFORE = (1024.0, 128.0, 32.0, 8.0, 2.0)
+LEANINGS_MANY = (1024.0, 8.0)  # where there are too many peers for an exact search
 TAILS = 8  # peers that are tried as the last where there are too many for an exact search
 EXACT_WORK = 2e8  # additions of one search that is still exact: 12 peers of 80 layers, 70 ms
 
@@ -46,7 +49,9 @@ def solve(of: Problem, wanted: Wanted | None = None, *, streams: bool = True) ->
 
     latency: the least TPOT; among rings within AS_FAST of it the least TTFT; where `missing` is
     told, within AS_FAST_MISSING the fewest missing bytes, then TTFT. throughput: the least time of
-    the busiest stage, then TPOT. streams: whether windows may be read from the disk for each token.
+    the busiest stage, then TPOT. before: within its worth the fewest missing bytes, its peers in
+    their order, then TPOT. streams: whether windows may be read from the disk for each token.
+    No two that do not reach each other are neighbours, unless there is no other ring (`broken`).
     """
     return searched(of, wanted, streams=streams)[0]
 
@@ -66,14 +71,25 @@ def searched(
         if rounds > 1 and best and not wanted.rounds and not _can_stream(of, streams):
             break  # several rounds only hide streaming
         search = _Search(Prices(of, wanted, rounds, streams), wanted, work_max)
-        found = search.best(best[0] if best else None)
+        found = search.best(best[0] if best and not best[0].broken else None)
         inexact = inexact or search.inexact
         if found is not None:
             best = found, search
     if best is None:
         return None, not inexact
-    ring = best[1].settled(best[0])
-    return (_with_rules(of, wanted, streams, ring), False) if inexact else (ring, True)
+    ring, search = best
+    if wanted.before is None:
+        ring = search.settled(ring)
+    if inexact:
+        ring = _with_rules(of, wanted, streams, ring)
+    if wanted.before is not None:
+        searches = [search]
+        if wanted.before.rounds != ring.rounds and wanted.before.rounds in _rounds(of, wanted):
+            prices = Prices(of, wanted, wanted.before.rounds, streams)
+            searches.append(_Search(prices, wanted, work_max))
+        kept = [other for each in searches if (other := each.like(wanted.before, ring))]
+        ring = min(kept, key=lambda r: wanted.missing_bytes(r, of.shape.layers), default=ring)
+    return ring, not inexact
 
 
 def _with_rules(of: Problem, wanted: Wanted, streams: bool, ring: Ring) -> Ring:
@@ -115,7 +131,23 @@ class _Search:
         stage_s = self._busiest()
         if stage_s == math.inf or (known and stage_s > known.forecast.stage_s * (1 - AS_BUSY)):
             return None
-        return self._fastest(Lean(stage_s=stage_s * (1 + AS_BUSY)), math.inf)
+        ring = self._fastest(Lean(stage_s=stage_s * (1 + AS_BUSY)), math.inf)
+        return (self._whole(stage_s) or ring) if ring and ring.broken else ring
+
+    def _whole(self, stage_s: float) -> Ring | None:
+        """The ring with the least bottleneck above stage_s in which all neighbours reach each
+        other, None where there is none: what the busiest stage takes says nothing of hops."""
+        best = self._fastest(PLAIN, math.inf)
+        if best is None or best.broken:
+            return None
+        while best.forecast.stage_s > stage_s * (1 + AS_BUSY):
+            middle_s = math.sqrt(stage_s * best.forecast.stage_s)
+            ring = self._fastest(Lean(stage_s=middle_s), math.inf)
+            if ring is None or ring.broken:
+                stage_s = middle_s
+            else:
+                best = ring
+        return best
 
     def _busiest(self) -> float:
         """The least that the busiest stage of a ring takes."""
@@ -147,10 +179,15 @@ class _Search:
             low_s = max(low_s, ring[0] * (1 - NEAR))
         return best
 
-    def _ring(self, token_s: float, lean: Lean, upper: float) -> tuple[float, Ring] | None:
-        """(phi, its ring) at T = token_s, if phi is no more than `upper`."""
+    def _ring(
+        self, token_s: float, lean: Lean, upper: float, more: tuple[Floats, Floats] | None = None
+    ) -> tuple[float, Ring] | None:
+        """(phi, its ring) at T = token_s, if phi is no more than `upper`. more: seconds besides,
+        [peers, 1, 1] of a window and [peers, peers] of a hop."""
         prices = self._prices
         squares = prices.costs(token_s, lean), prices.hops(lean), prices.closing(lean)
+        if more is not None:
+            squares = squares[0] + more[0], squares[1] + more[1], squares[2]
         try:
             found = subsets.ring(*squares, prices.must, upper, self._work_max)
         except subsets.TooMany:
@@ -189,7 +226,7 @@ class _Search:
         throughput = self._wanted.objective == "throughput"
         stage_s = best.forecast.stage_s * (1 + AS_BUSY) if throughput else math.inf
         missing, tpot_s, ttft_s = self._missing(best), best.forecast.tpot_s, best.forecast.ttft_s
-        slack = AS_FAST_MISSING if missing else AS_FAST
+        slack = max(AS_FAST_MISSING, self._wanted.within) if missing else AS_FAST
         rank, self._order = (missing, ttft_s), best.order
         for factor in LEANINGS:
             lean = Lean(factor * slack * tpot_s / max(ttft_s, 1e-9), stage_s=stage_s)
@@ -203,8 +240,49 @@ class _Search:
                 return other if (self._missing(other), other.forecast.ttft_s) < rank else best
         return best
 
+    def like(self, before: Before, best: Ring) -> Ring | None:
+        """Of the rings that cost hardly more than the best one, that with the fewest missing bytes:
+        with its peers in the order of `before`, where that can be, else in any. None where none
+        has fewer or as few."""
+        missing, tpot_s, worth = self._missing(best), best.forecast.tpot_s, before.worth
+        limit_s, busiest_s = tpot_s * (1 + worth), best.forecast.stage_s * (1 + worth)
+        stage_s = busiest_s if before.objective == "throughput" else math.inf
+        even = AS_FAST_MISSING * tpot_s / max(missing, 1.0) ** 2  # no more than that, of all rings
+        self._order = best.order
+        leanings = LEANINGS_MANY if self.inexact else LEANINGS_BEFORE
+        for more in (*_ordered(len(self._prices.of.peers), before.order), None):
+            for factor in leanings:
+                lean = Lean(0.0, factor * worth * tpot_s / max(missing, 1.0), stage_s, even)
+                upper = limit_s * (1 + AS_FAST_MISSING) + lean.missing * missing
+                found = self._ring(limit_s, lean, upper, more)
+                if not found or found[1].forecast.tpot_s > limit_s:
+                    continue
+                if self._missing(found[1]) > missing:
+                    break  # and with less leaning more of them
+                if more is None or _is_ordered(found[1].order, before.order):
+                    return found[1]
+        return None
+
     def _missing(self, ring: Ring) -> float:
-        return 0.0 if self._wanted.missing is None else self._prices.missing_bytes(ring)
+        return self._wanted.missing_bytes(ring, self._prices.of.shape.layers)
+
+
+def _ordered(peers: int, order: Sequence[int]) -> Iterator[tuple[Floats, Floats]]:
+    """Seconds on windows and hops for which no ring goes against this order: first with all peers,
+    where others may stand between two and hide that they do, then only with those of the order."""
+    back, others = np.zeros((peers, peers)), np.full((peers, 1, 1), math.inf)
+    for at, peer in enumerate(order):
+        back[peer, list(order[:at])] = UNREACHED_S
+    others[list(order)] = 0.0
+    yield np.zeros((peers, 1, 1)), back
+    if len(order) < peers:
+        yield others, back
+
+
+def _is_ordered(ring: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether the peers of a ring that are in the order, too, are in it as there."""
+    places = [order.index(peer) for peer in ring if peer in order]
+    return places == sorted(places)
 
 
 def _completed(order: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:

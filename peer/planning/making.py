@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from msgspec.structs import replace
 
 from peer.errors import NoPlan, ProtocolError
-from peer.planning import costs, trust
+from peer.planning import costs, reasons, trust
 from peer.planning.plan import Forecast, LeftOut, Plan, PlanId, PlanState, check
 from peer.planning.profile import ModelOffer, ModelShape, Profile
 from peer.planning.split import Wishes, solve
@@ -99,8 +100,12 @@ class Question:
     """What a plan depends on. number: of the question, to know its answer by. shapes: the models to
     try, in order. barred: by digest, peers that a plan does without, each with the reason. current:
     plans of now, the newest first. shaky: peers that a plan does without where it can, each with
-    the reason. before: the plan that served until one of its peers was lost; of it, as much as can
-    stays where it is."""
+    the reason; one of them that is in a plan of now is no reason to give that up. before: the plan
+    that served until one of its peers was lost: of it, as much as can stays where it is, and with
+    the same context where there is room for it. It counts for the first of the shapes only.
+
+    Peers whose profiles say that they are leaving are in no new plan.
+    """
 
     number: int
     plan_id: PlanId
@@ -116,7 +121,9 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """plan: the one to serve, None: there can be none. kept: it is one of now. whys: by digest,
-    why models before it cannot be served. gain: why it replaces another one, in words."""
+    why models before it cannot be served; of the plan's own model, why there is no plan without a
+    peer of its ring that is leaving, as long as that one stays. gain: why it replaces another one,
+    in words."""
 
     number: int
     plan: Plan | None
@@ -130,31 +137,48 @@ def answer(question: Question) -> Answer:
     whys: dict[str, str] = {}
     for shape in question.shapes:
         made = make(question, shape)
+        now = next((plan for plan in question.current if plan.shape == shape), None)
         if isinstance(made, str):
             whys[shape.digest] = made
-            continue
-        for now in question.current:
-            if now.shape == shape and not (gain := _gain(question, now, made)):
+            if now and (leaving := _only_leaves(question, now)):
+                whys[shape.digest] = f"{shape.model} cannot be served without {leaving}: {made}"
                 return Answer(question.number, now, True, whys)
-            if now.shape == shape:
-                return Answer(question.number, made, False, whys, gain)
-        return Answer(question.number, made, False, whys)
+            continue
+        if now is None:
+            return Answer(question.number, made, False, whys)
+        if gain := _gain(question, now, made):
+            return Answer(question.number, made, False, whys, gain)
+        return Answer(question.number, now, True, whys)
     return Answer(question.number, None, False, whys)
+
+
+def without(question: Question, shape: ModelShape) -> dict[str, str]:
+    """Peers that a plan for this model is made without, each with the reason."""
+    here = question.members.here
+    leaving = {p.peer_id: f"{p.name} is going away" for p in here if p.leaving}
+    return leaving | dict(question.barred.get(shape.digest, {}))
 
 
 def able(question: Question, shape: ModelShape) -> list[Profile]:
     """Those that a plan for this model may be made with."""
-    barred = question.barred.get(shape.digest, {})
+    barred = without(question, shape)
     return [profile for profile in question.members.here if profile.peer_id not in barred]
 
 
 def make(question: Question, shape: ModelShape) -> Plan | str:
-    """The best plan for this model that every peer can decode, or why there can be none."""
-    barred = question.barred.get(shape.digest, {})
-    profiles, excuses = able(question, shape), "; ".join(barred.values())
+    """The best plan for this model that every peer can decode, or why there can be none. Without
+    shaky peers, if that can be."""
+    barred = without(question, shape)
+    shaky = {p: why for p, why in question.shaky.items() if p in question.members.present}
+    made = _make(question, shape, shaky | barred)
+    return _make(question, shape, barred) if isinstance(made, str) and shaky else made
+
+
+def _make(question: Question, shape: ModelShape, barred: Mapping[str, str]) -> Plan | str:
+    members, excuses = question.members, "; ".join(barred.values())
+    profiles = [profile for profile in members.here if profile.peer_id not in barred]
     if barred and not profiles:
         return excuses
-    members = question.members
     try:
         split = solve(profiles, shape, _wishes(question, profiles, shape))
     except NoPlan as error:
@@ -168,7 +192,7 @@ def make(question: Question, shape: ModelShape) -> Plan | str:
 
 def _wishes(question: Question, profiles: Sequence[Profile], shape: ModelShape) -> Wishes:
     """This peer's settings, and what is here already."""
-    mine = question.members.profiles.get(question.me)
+    mine, before = question.members.profiles.get(question.me), _before(question, shape)
     held = {
         peer_id: frozenset(offer.parts)
         for peer_id, offers in question.members.offers.items()
@@ -179,9 +203,55 @@ def _wishes(question: Question, profiles: Sequence[Profile], shape: ModelShape) 
         context=mine.context_wanted if mine else 0,
         spread_all=any(profile.spread_all for profile in profiles),
         objective=mine.objective if mine else "latency",
-        order=question.current[0].ring if question.current else (),
+        order=question.current[0].ring if question.current else before.ring if before else (),
         held=held,
+        before=before.split if before else None,
+        unheard=_unheard(question.members),
     )
+
+
+def _before(question: Question, shape: ModelShape) -> Plan | None:
+    """The plan that a new one for this model is to be like: one that lost a peer, or has to."""
+    lost = question.before
+    if lost and question.shapes[0] == shape == lost.shape:
+        return lost
+    now = next((plan for plan in question.current if plan.shape == shape), None)
+    profiles = able(question, shape)
+    here = {profile.peer_id for profile in profiles}
+    ends = now is not None and (not here.issuperset(now.ring) or _broken(profiles, now))
+    return now if ends else None
+
+
+def _unheard(members: Members) -> dict[str, int]:
+    """How many of those who are here do not reach each peer, or it them; nobody else is in it."""
+    here = members.here
+    counts = {a.peer_id: sum(a is not b and costs.cut_off(a, b) for b in here) for a in here}
+    return {peer_id: count for peer_id, count in counts.items() if count}
+
+
+def _only_leaves(question: Question, now: Plan) -> str:
+    """The peers that go away from the ring of a plan with which nothing else is wrong, or ""."""
+    members = question.members
+    barred = question.barred.get(now.shape.digest, {})
+    ring = [members.profiles[p] for p in now.ring if p in members.present and p in members.profiles]
+    leaving = [profile.name for profile in ring if profile.leaving]
+    wrong = any(trust.fault(p) or p.peer_id in barred for p in ring) or _broken(ring, now)
+    if not leaving or wrong or len(ring) < len(now.ring):
+        return ""
+    return (
+        " and ".join(leaving)
+        + (", which is" if len(leaving) == 1 else ", which are")
+        + (" going away")
+    )
+
+
+def _broken(profiles: Sequence[Profile], plan: Plan) -> str:
+    """Which neighbours of its ring do not reach each other, in words, or ""."""
+    named = {profile.peer_id: profile for profile in reasons.told_apart(profiles)}
+    for a, b in pairwise((*plan.ring, plan.head)):
+        if a in named and b in named and costs.cut_off(named[a], named[b]):
+            return f"{named[a].name} and {named[b].name} do not reach each other any more"
+    return ""
 
 
 def _gain(question: Question, now: Plan, made: Plan) -> str:
@@ -189,9 +259,12 @@ def _gain(question: Question, now: Plan, made: Plan) -> str:
     profiles = able(question, now.shape)
     here = {profile.peer_id for profile in profiles}
     if gone := [peer_id for peer_id in now.ring if peer_id not in here]:
-        return f"peer {gone[0]} is done without"
+        away = next((p.name for p in question.members.here if p.leaving and p.peer_id in gone), "")
+        return f"{away} goes away" if away else f"peer {gone[0]} is done without"
     if wrong := next((p for p in profiles if p.peer_id in now.ring and trust.fault(p)), None):
         return trust.fault(wrong)
+    if apart := _broken(profiles, now):
+        return apart
     if any(profile.spread_all for profile in profiles) and set(made.ring) > set(now.ring):
         return "every peer takes part"
     mine = question.members.profiles.get(question.me)

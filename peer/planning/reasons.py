@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from peer.planning import coarse, costs, halda
 from peer.planning.costs import Problem, Size
 from peer.planning.halda import Ring, Wanted
+from peer.planning.plan import PlanWindow, Split
 from peer.planning.profile import ModelShape, Profile
 from peer.planning.wishes import Wishes
 
@@ -60,12 +61,48 @@ def left_out(
     latency = wishes.objective == "latency"
     if latency and len(ring_of) < _FORCED_MAX and not coarse.needed(smaller):
         forced = halda.solve(smaller, Wanted(everyone=True))
+        if forced is not None and forced.broken:
+            links = _pairs(broken_links(smaller, forced))
+            return f"{links} cannot reach each other, and no ring with {name} goes without that"
         if forced is not None:
             return (
                 f"with {name} a token would take {seconds(forced.forecast.tpot_s)} instead of "
                 f"{seconds(ring.forecast.tpot_s)}"
             )
     return f"{shape.model} cannot be cut so that {name} gets a window and a token is not slower"
+
+
+def broken_links(of: Problem, ring: Ring) -> tuple[tuple[str, str], ...]:
+    """Names of neighbours in a ring that do not reach each other."""
+    pairs = {
+        (min(a, b), max(a, b))
+        for a, b in zip(ring.order, (*ring.order[1:], ring.order[0]), strict=True)
+        if of.hop_s[a, b] >= costs.UNREACHED_S
+    }
+    names = [able.profile.name for able in of.peers]
+    return tuple((names[a], names[b]) for a, b in sorted(pairs))
+
+
+def broken(links: Sequence[tuple[str, str]], shape: ModelShape) -> str:
+    """Why there is no plan where every ring would need one of these links."""
+    return (
+        f"{_pairs(links)} cannot reach each other, and {shape.model} fits into no ring without "
+        "that: look at the cable, the Wi-Fi or the firewall between them, or start another peer"
+    )
+
+
+def _pairs(links: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{a} and {b}" for a, b in links[:3])
+
+
+def stayed(shape: ModelShape, windows: Sequence[PlanWindow], before: Split) -> str:
+    """How much is to be loaded anew after a loss."""
+    had = {(w.peer_id, at) for w in before.windows for at in range(w.first, w.last)}
+    new = [at for w in windows for at in range(w.first, w.last) if (w.peer_id, at) not in had]
+    if not new:
+        return "every layer stays where it was"
+    size = mib(sum(shape.layer_bytes[at] for at in new))
+    return f"{count(len(new), 'layer')} ({size}) are loaded anew, all others stay where they were"
 
 
 def least_bytes(of: Problem) -> int:

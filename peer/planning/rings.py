@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,24 +19,52 @@ from peer.planning import costs
 from peer.planning.costs import Floats, Part, Problem
 from peer.planning.plan import Forecast
 from peer.planning.tables import Table, Tables
+from peer.planning.wishes import Objective
 
 Ints = NDArray[np.int64]
 Step = tuple[int, int, int]  # peer, first, last: [first, last) of every round
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """A ring that lost peers. order: those that are left, as they were; rounds: that it had. worth:
+    share of the best ring's cost, by this objective, that staying like it may cost."""
+
+    order: tuple[int, ...]
+    rounds: int
+    worth: float
+    objective: Objective = "latency"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
     """What is asked. everyone: each peer of the problem gets a window. rounds: exactly so many, 0:
     chosen. pinned: peer -> [first, last), which it must have, in one round. missing: [peers,
-    layers] bytes of each layer that a peer would have to fetch. order: of a ring that is there.
+    layers] bytes of each layer that a peer would have to fetch; ends: [peers, 2] what counts like
+    such bytes where it becomes head, and tail. within: share of the best TPOT that fewer of them
+    may cost, 0: as usual. order: of a ring that is there. before: keep as much of it as can be.
     """
 
-    objective: Literal["latency", "throughput"] = "latency"
+    objective: Objective = "latency"
     everyone: bool = False
     rounds: int = 0
     pinned: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     missing: Floats | None = None
+    ends: Floats | None = None
+    within: float = 0.0
     order: tuple[int, ...] = ()
+    before: Before | None = None
+
+    def missing_bytes(self, ring: Ring, layers: int) -> float:
+        """That would have to be fetched for a ring of a model of so many layers."""
+        total = 0.0
+        for peer, edge in zip(ring.order, ring.edges, strict=True):
+            if self.missing is not None:
+                for a, b in costs.windows(layers, ring.rounds, edge):
+                    total += float(self.missing[peer, a:b].sum())
+        if self.ends is not None:
+            total += float(self.ends[ring.order[0], 0] + self.ends[ring.order[-1], 1])
+        return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +85,11 @@ class Ring:
         sums = sum(p.decode_s + p.disk_s for p in self.forecast.peers)
         return self.forecast.tpot_s > (sums + self.forecast.hops_s) * (1 + 1e-6)
 
+    @property
+    def broken(self) -> bool:
+        """Whether two that do not reach each other are neighbours in it."""
+        return self.forecast.hops_s >= costs.UNREACHED_S
+
 
 def made(of: Problem, steps: Sequence[Step], rounds: int, gpu_layers: Sequence[int]) -> Ring | None:
     """The ring of these windows; None where one of its peers cannot hold its own."""
@@ -77,11 +109,13 @@ def made(of: Problem, steps: Sequence[Step], rounds: int, gpu_layers: Sequence[i
 @dataclass(frozen=True, slots=True)
 class Lean:
     """What is added to the seconds of a token: so many for each second of TTFT and each byte that
-    is missing. stage_s: windows that take their stage up longer are not allowed."""
+    is missing. stage_s: windows that take their stage up longer are not allowed. uneven: seconds
+    for the square of a peer's missing bytes, as all peers load at the same time."""
 
     ttft: float = 0.0
     missing: float = 0.0
     stage_s: float = np.inf
+    uneven: float = 0.0
 
 
 PLAIN = Lean()
@@ -150,6 +184,8 @@ class Prices:
             each = each + lean.ttft * self._chunks * (table.prefill_s * late + table.read_s)
         if lean.missing:
             each = each + lean.missing * self._missing[peer]
+        if lean.uneven:
+            each = each + lean.uneven * self._missing[peer] ** 2
         if lean.stage_s < np.inf:
             each = np.where(table.stage_s <= lean.stage_s, each, np.inf)
         return each
@@ -157,18 +193,16 @@ class Prices:
     @cached_property
     def _missing(self) -> Floats:
         """[peers, edges, edges] bytes that would have to be fetched."""
-        assert self._wanted.missing is not None
-        folded = self._wanted.missing.reshape(len(self.of.peers), self.rounds, -1).sum(axis=1)
+        peers, wanted = len(self.of.peers), self._wanted
+        each = np.zeros((peers, self.of.shape.layers)) if wanted.missing is None else wanted.missing
+        folded = each.reshape(peers, self.rounds, -1).sum(axis=1)
         sums = np.concatenate([np.zeros((len(folded), 1)), np.cumsum(folded, axis=1)], axis=1)
         sums = sums[:, self.edges]
         bytes_: Floats = np.maximum(0.0, sums[:, None, :] - sums[:, :, None])
+        if wanted.ends is not None:
+            bytes_[:, 0, :] += wanted.ends[:, :1]
+            bytes_[:, :, -1] += wanted.ends[:, 1:]
         return bytes_
-
-    def missing_bytes(self, ring: Ring) -> float:
-        """That would have to be fetched for a ring of so many rounds."""
-        at = {int(edge): i for i, edge in enumerate(self.edges)}
-        windows = zip(ring.order, ring.edges, strict=True)
-        return float(sum(self._missing[p, at[a], at[b]] for p, (a, b) in windows))
 
     def ring(self, steps: Sequence[Step], token_s: float, lean: Lean = PLAIN) -> Ring:
         """What a search found, with the GPU layers that are best for a token of so many seconds.

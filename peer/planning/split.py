@@ -7,12 +7,12 @@ room for, has `halda` find the best ring of each size, and puts the reasons into
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from peer.errors import NoPlan
-from peer.planning import coarse, costs, halda, reasons, trust
+from peer.planning import after_loss, coarse, costs, halda, reasons, trust
 from peer.planning.costs import Floats, Problem, Size
 from peer.planning.halda import Ring, Wanted
 from peer.planning.plan import LeftOut, PlanWindow, Split
@@ -26,6 +26,7 @@ CONTEXT_GOOD = 8192  # tokens; so much is not given up for speed
 CONTEXT_LEAST = 512  # tokens; with less there is no use in answering
 CONTEXT_WORTH = 1.1  # a longer context may take so many times as long a token
 TOKEN_S_MAX = 600.0  # a token in ten minutes answers nobody
+HEARD_WORTH = 0.1  # share of a token's time for a head that everybody here reaches
 PEER_WORTH = 1.05  # and one peer fewer: each is a hop, and a machine that may be switched off
 _FEWER_MAX = 4  # peers of a ring for which fewer are tried
 BYTES_MAX = 1 << 60  # the bound of `Bytes`: no sum beyond it can be told to a peer
@@ -67,7 +68,8 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     search = _Search(able, shape, wishes)
     found = search.best()
     if found is None:
-        raise NoPlan(reasons.missing(able, shape, search.smallest, wishes))
+        why = reasons.missing(able, shape, search.smallest, wishes) if not search.broken else ""
+        raise NoPlan(why or reasons.broken(search.broken, shape))
     if (token_s := found.ring.forecast.tpot_s) > TOKEN_S_MAX:
         raise NoPlan(
             f"a token of {shape.model} would take {reasons.seconds(token_s)} here: start a faster "
@@ -82,6 +84,9 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
         for p in able
         if p.peer_id not in busy
     ]
+    why = reasons.chosen(of, found.ring, search.context_wanted)
+    if wishes.before is not None:
+        why += f"; {reasons.stayed(of.shape, windows, wishes.before)}"
     return Split(
         windows=windows,
         context=of.size.context,
@@ -89,7 +94,7 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
         slots=SLOTS,
         batch_tokens=BATCH_TOKENS,
         left_out=tuple(left_out),
-        why=reasons.chosen(of, found.ring, search.contexts[0]),
+        why=why[:1000],
     )
 
 
@@ -157,7 +162,20 @@ class _Search:
         self._able, self._shape, self._wishes = able, shape, wishes
         self.contexts = _contexts(shape, wishes.context)
         self.smallest = _size(self.contexts[-1])
+        self.broken: tuple[tuple[str, str], ...] = ()  # links that a ring would have needed
         self._known: dict[tuple[int, bool], _Found | None] = {}
+
+    @property
+    def context_wanted(self) -> int:
+        """Tokens, of which fewer are for want of memory."""
+        before = self._wishes.before
+        return self._before_context if before else self.contexts[0]
+
+    @property
+    def _before_context(self) -> int:
+        """What running answers have to fit into, 0: there are none."""
+        before = self._wishes.before
+        return min(before.context, self._shape.context or before.context) if before else 0
 
     def best(self) -> _Found | None:
         """Everyone where that is wanted and possible; else whoever is best."""
@@ -177,6 +195,9 @@ class _Search:
     def _choose(self, everyone: bool) -> _Found | None:
         """The longest context that is worth its time. Weights are read from disk for each token
         only where no context is short enough for all of them to stay in memory."""
+        # Answers that run have to go on: no other context is better than the one that they had.
+        if self._before_context and (found := self._at(self._before_context, everyone)):
+            return found
         contexts = self.contexts
         good = [c for c in contexts if c >= CONTEXT_GOOD or self._wishes.context] or contexts[:1]
         if self._wishes.context:
@@ -195,24 +216,42 @@ class _Search:
     def _at(self, context: int, everyone: bool) -> _Found | None:
         key = context, everyone
         if key not in self._known:
-            peers = self._everyone if everyone else self._able
+            found = self._found(self._everyone if everyone else self._able, context, everyone)
+            free = found and not everyone and self._wishes.before is None
+            self._known[key] = self._simpler(found) if found and free else found
+        return self._known[key]
+
+    def _found(self, peers: list[Profile], context: int, everyone: bool) -> _Found | None:
+        """The best ring in which all neighbours reach each other. Where everyone is to be in it and
+        there is none, those are left out that fewest others reach, one after another."""
+        while True:
             of = costs.problem(peers, self._shape, _size(context))
             ring = self._ring(of, everyone)
-            found = _Found(of, ring) if ring else None
-            self._known[key] = self._simpler(found) if found and not everyone else found
-        return self._known[key]
+            if ring is None or not ring.broken:
+                return _Found(of, ring) if ring else None
+            self.broken = reasons.broken_links(of, ring)
+            if not everyone:
+                return None
+            apart = (of.hop_s >= costs.UNREACHED_S).sum(axis=1)
+            worst = max(range(len(peers)), key=lambda i: (apart[i], *self._spared(peers[i])))
+            peers = [peer for i, peer in enumerate(peers) if i != worst]
+
+    def _spared(self, profile: Profile) -> tuple[bool, str]:
+        """Greater for one that is rather left out: whoever is not in the ring of now."""
+        return profile.peer_id not in self._wishes.order, profile.peer_id
 
     def _simpler(self, found: _Found) -> _Found:
         """With fewer peers, where that takes hardly longer. Without this, of two equal machines one
         would get a layer whenever it was measured to be a percent faster."""
-        objective = self._wishes.objective
+        objective, unheard = self._wishes.objective, self._wishes.unheard
         limit = found.cost_s(objective) * PEER_WORTH
         while 1 < len(found.ring.order) <= _FEWER_MAX and not self._wishes.pinned:
-            fewer = []
+            fewer, head = [], _head(found.of, found.ring)
             for left in found.ring.order:
                 profiles = [found.of.peers[i].profile for i in found.ring.order if i != left]
                 of = costs.problem(sorted(profiles, key=_id), self._shape, found.of.size)
-                if (ring := self._ring(of, False)) is not None:
+                ring = self._ring(of, False)
+                if ring and unheard.get(_head(of, ring), 0) <= unheard.get(head, 0):
                     fewer.append(_Found(of, ring))
             best = min(fewer, key=lambda f: f.cost_s(objective), default=None)
             if best is None or best.cost_s(objective) > limit:
@@ -234,7 +273,26 @@ class _Search:
             missing=_missing(of, wishes.held) if wishes.held else None,
             order=tuple(index[p] for p in wishes.order if p in index),
         )
-        return halda.solve(of, wanted)
+        wanted = _with_heads(of, wanted, wishes.unheard)
+        if wishes.before is None:
+            return halda.solve(of, wanted)
+        ring = halda.solve(of, after_loss.wanted(of, wanted, wishes))
+        return after_loss.with_gpu_layers(of, ring, wishes.before) if ring else None
+
+
+def _with_heads(of: Problem, wanted: Wanted, unheard: Mapping[str, int]) -> Wanted:
+    """Every peer that does not reach the head counts like a model that would have to be fetched:
+    its clients would get no answers, and that is worth a little of everybody's time."""
+    counts = [unheard.get(able.peer_id, 0) for able in of.peers]
+    if not any(counts):
+        return wanted
+    whole = float(sum(of.shape.layer_bytes)) * after_loss.FETCHED
+    ends = np.array([[count * whole, 0.0] for count in counts])
+    return replace(wanted, ends=ends, within=HEARD_WORTH)
+
+
+def _head(of: Problem, ring: Ring) -> str:
+    return of.peers[ring.order[0]].peer_id
 
 
 def _missing(of: Problem, held: Mapping[str, Collection[str]]) -> Floats:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peer.planning.plan import Split
+
 Objective = Literal["latency", "throughput"]
 
 
@@ -16,7 +18,9 @@ class Wishes:
     spread_all: no peer is left out that can be given a layer, at the cost of context where need
     be. objective: the least time of a token of one answer, or of many answers at once. order: an
     earlier ring. held: parts that peers have already. without, only: who may not take part.
-    pinned: a peer's window [first, last), fixed. rounds: 0: as many as are best.
+    pinned: a peer's window [first, last), fixed. rounds: 0: as many as are best. before: a split
+    that lost peers, of which as much as can be stays. unheard: of a peer, how many that could ask
+    it something do not reach it: not to be the head, if others can be.
     """
 
     context: int = 0
@@ -28,3 +32,5 @@ class Wishes:
     only: frozenset[str] = frozenset()
     pinned: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     rounds: int = 0
+    before: Split | None = None
+    unheard: Mapping[str, int] = field(default_factory=dict)

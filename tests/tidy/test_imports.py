@@ -32,6 +32,7 @@ PURE = {
     "peer.planning.ring_order", "peer.planning.baselines", "peer.planning.counts",
     "peer.planning.trust", "peer.planning.wishes", "peer.planning.reasons",
     "peer.planning.rollout_events", "peer.planning.correction", "peer.planning.abilities",
+    "peer.planning.after_loss",
     "peer.planning.patience", "peer.planning.steadiness", "peer.planning.situation",
     "peer.planning.leaving",
     "peer.planning.outlook", "peer.planning.spares", "peer.planning.foresight",
