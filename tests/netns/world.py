@@ -27,11 +27,14 @@ from typing import Any
 
 import pytest
 
+from tests.netns.cable import Cable, ip
+
 TOP = Path(__file__).parents[2]
 NAMESPACES = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
 HTTP_PORT = 42552  # the default: every machine has a loopback of its own
 STOP_S = 15.0  # for an agent to end by itself after SIGTERM
+STAGE = "peer.ring.stage"
 LOG_LINES = 25  # of each agent, shown when a condition is not met
 
 # Gives the machine its host name, asks for a SIGTERM when the test's process ends, becomes the
@@ -86,12 +89,6 @@ def world(folder: Path) -> Iterator[World]:
     assert not left, f"left behind: {left}"
 
 
-def _ip(*words: str) -> str:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr.strip()}"
-    return done.stdout
-
-
 class World:
     """A bridge, and the machines on it by name."""
 
@@ -107,22 +104,22 @@ class World:
             found = re.fullmatch(r"halka-(\d+)-\w+(-\w+)?", name)
             if found and not Path(f"/proc/{found[1]}").exists():
                 subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-        _ip("netns", "add", self.bridge)
-        _ip("-n", self.bridge, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", self.bridge, "link", "set", "bridge", "up")
+        ip("netns", "add", self.bridge)
+        ip("-n", self.bridge, "link", "add", "bridge", "type", "bridge")
+        ip("-n", self.bridge, "link", "set", "bridge", "up")
 
     def machine(self, name: str) -> Machine:
         """A new machine on the bridge, without an agent yet."""
         number = len(self.machines) + 1
         machine = self.machines[name] = Machine(self, name, f"10.77.0.{number}")
         inside, port = machine.namespace, machine.port
-        _ip("netns", "add", inside)
-        _ip("-n", inside, "link", "set", "lo", "up")
-        _ip("-n", inside, "link", "add", "eth0", "type", "veth",
+        ip("netns", "add", inside)
+        ip("-n", inside, "link", "set", "lo", "up")
+        ip("-n", inside, "link", "add", "eth0", "type", "veth",
             "peer", "name", port, "netns", self.bridge)  # fmt: skip
-        _ip("-n", inside, "address", "add", f"{machine.address}/24", "dev", "eth0")
-        _ip("-n", inside, "link", "set", "eth0", "up")
-        _ip("-n", self.bridge, "link", "set", port, "master", "bridge", "up")
+        ip("-n", inside, "address", "add", f"{machine.address}/24", "dev", "eth0")
+        ip("-n", inside, "link", "set", "eth0", "up")
+        ip("-n", self.bridge, "link", "set", port, "master", "bridge", "up")
         return machine
 
     def until(self, condition: Callable[[], object], within_s: float, what: str) -> float:
@@ -175,15 +172,21 @@ class World:
 
 def _kill_all(machine: Machine) -> list[str]:
     """End what still runs on the machine after its agent should have ended; returns what it was."""
-    words = ["ip", "netns", "pids", machine.namespace]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
     found = []
-    for pid in done.stdout.split():
+    for pid in machine.processes():
         with suppress(OSError):
-            program = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            os.kill(int(pid), signal.SIGKILL)
+            program = _program(pid)
+            os.kill(pid, signal.SIGKILL)
             found.append(f"{machine.name}: {program}")
     return found
+
+
+def _program(pid: int) -> str:
+    """The command line of a process, "" where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
 
 
 def members(status: Status) -> list[str]:
@@ -228,12 +231,12 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect((self.host, self.port))
 
 
-class Machine:
+class Machine(Cable):
     """A namespace with an agent. name: its host name, and so its peer's."""
 
     def __init__(self, world: World, name: str, address: str) -> None:
+        super().__init__(f"{world.tag}-{name}", world.bridge, f"port-{name}")
         self.world, self.name, self.address = world, name, address
-        self.namespace, self.port = f"{world.tag}-{name}", f"port-{name}"
         self.home = world.folder / name
         self.home.mkdir(parents=True)
         self.process: subprocess.Popen[bytes] | None = None
@@ -263,6 +266,31 @@ class Machine:
         if self.process is not None:
             self.process.terminate()
 
+    def kill(self) -> None:
+        """kill -9 of the agent alone: its stages are left to notice."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(STOP_S)
+        self.process = None
+
+    def processes(self, module: str = "") -> list[int]:
+        """Ids of what runs on the machine, also where its agent is gone. module: only these."""
+        words = ["ip", "netns", "pids", self.namespace]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return [int(pid) for pid in done.stdout.split() if module in _program(int(pid))]
+
+    def stages(self) -> dict[str, int]:
+        """Process ids of its stages that run, by plan."""
+        started = re.findall(r"stage=started plan=(\S+) pid=(\d+)", self.log())
+        running = self.processes(STAGE)
+        return {plan: int(pid) for plan, pid in started if int(pid) in running}
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to everything that runs on the machine at once."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def wait(self, within_s: float) -> int:
         """The agent's exit code. Raises subprocess.TimeoutExpired."""
         return self.process.wait(within_s) if self.process is not None else 0
@@ -278,6 +306,13 @@ class Machine:
         return subprocess.run(
             self._words(*words), env=self._environment({}), cwd=TOP, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=within_s, check=False,
+        )  # fmt: skip
+
+    def open(self, *words: str) -> subprocess.Popen[str]:
+        """A command inside whose output is read as it comes; whoever opens it ends it."""
+        return subprocess.Popen(
+            self._words(*words), env=self._environment({}), cwd=TOP, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def halka(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -316,40 +351,3 @@ class Machine:
         # These machines share cores, where real ones do not: a compute thread that waits must not
         # spin on a core that another machine's stage needs (measured: 20 times slower answers).
         return {**clean, "OMP_WAIT_POLICY": "passive", "HALKA_HOME": str(self.home), **given}
-
-    # Its cable ------------------------------------------------------------------------------------
-
-    def plug(self) -> None:
-        """Put the cable back."""
-        _ip("-n", self.world.bridge, "link", "set", self.port, "up")
-
-    def unplug(self) -> None:
-        """Pull the cable at the switch: this machine's own interface still has its address."""
-        _ip("-n", self.world.bridge, "link", "set", self.port, "down")
-
-    def mute(self) -> None:
-        """The switch passes nothing any more, though the cable is in and the lamp is on."""
-        self._at_the_switch("state", "disabled")
-
-    def unmute(self) -> None:
-        """The switch passes everything again."""
-        self._at_the_switch("state", "forwarding")
-
-    def no_multicast(self) -> None:
-        """The switch passes no multicast on to this machine: it hears no mDNS."""
-        self._at_the_switch("mcast_flood", "off")
-
-    def _at_the_switch(self, setting: str, value: str) -> None:
-        words = ["bridge", "link", "set", "dev", self.port, setting, value]
-        _ip("netns", "exec", self.world.bridge, *words)
-
-    def shape(self, rate: str) -> None:
-        """What this machine sends is slowed to a rate, as in 100mbit, by a token bucket."""
-        bucket = ["tbf", "rate", rate, "burst", "32kb", "latency", "50ms"]
-        words = ["tc", "qdisc", "replace", "dev", "eth0", "root", *bucket]
-        _ip("netns", "exec", self.namespace, *words)
-
-    def received_bytes(self) -> int:
-        """What came in over the cable so far, with all headers."""
-        (link,) = json.loads(_ip("-n", self.namespace, "-s", "-j", "link", "show", "eth0"))
-        return int(link["stats64"]["rx"]["bytes"])
