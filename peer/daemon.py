@@ -214,7 +214,8 @@ class Daemon:
         if engines := await survey.engines(self.config):
             profile = await asyncio.to_thread(survey.profile, self.config, agent.me, engines)
             mine = agent.profiles[agent.me]
-            profile = replace(profile, links=mine.links, leaving=mine.leaving)
+            known = {"links": mine.links, "unreachable": mine.unreachable}
+            profile = replace(profile, leaving=mine.leaving, **known)
             log.info("engines=%s", ",".join(engine.device for engine in engines))
             agent.introduce(profile)
             self._measuring.worked("engines")

@@ -109,6 +109,7 @@ async def test_an_engine_that_did_not_start_is_looked_for_again(
     async with watching(agent, store):
         await until(lambda: agent.offered == ["elm-f32"], 20, "the model is offered")
     assert agent.profiles[agent.me].engines == (CPU,)
+    assert agent.profiles[agent.me].leaving, "finding an engine takes no wish back"
 
 
 class Wishes:

@@ -109,6 +109,13 @@ def test_nobody_waits_in_vain_where_the_coordinator_says_nothing() -> None:
     assert machine.step(seen(OLD), TIMING.leave_quiet_s) == [Over("stop", "nobody takes over")]
 
 
+def test_whoever_takes_over_is_waited_for_whatever_else_cannot_be() -> None:
+    machine = wished("stop", seen(OLD))
+    why = "8B was pulled last, but without oak it needs 5 GiB: serving an earlier tiny"
+    assert machine.step(seen(OLD, without_me("loading"), why=why), 9.0) == []
+    assert machine.phase("stop", 9.0) == "loading"
+
+
 def test_a_plan_that_fails_gives_the_next_one_time_to_begin() -> None:
     machine = wished("stop", seen(OLD))
     machine.step(seen(OLD, without_me("loading")), 5.0)
@@ -269,6 +276,19 @@ async def test_a_plan_that_is_over_for_this_peer_is_no_reason_to_wait() -> None:
     async with Watched(agent) as watched:
         watched.parting.wish("stop")
         assert watched.over == ["stop"]
+
+
+async def test_peers_that_leave_at_once_do_not_count_on_each_other(until: Until) -> None:
+    agent = OneAgent(OLD)
+    agent.entry.running = 1
+    async with Watched(agent) as watched:
+        watched.parting.wish("stop")
+        assert "asking others" in watched.parting.told()
+        for peer_id in (OTHER, THIRD):
+            agent.profiles[peer_id] = replace(agent.profiles[peer_id], leaving=True)
+        await until(lambda: "nobody can" in watched.parting.told(), 0.5, "they all leave")
+        agent.entry.running = 0
+        await until(lambda: watched.over == ["stop"], 0.5, "nobody is waited for")
 
 
 async def test_sleep_waits_for_its_bound_and_no_longer() -> None:
