@@ -21,7 +21,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from peer.planning.costs import Floats
+from peer.planning.costs import UNREACHED_S, Floats
 from peer.planning.rings import Step
 
 Singles = NDArray[np.float32]
@@ -126,6 +126,9 @@ def end_prices(closing: Floats) -> tuple[Floats, Floats]:
     peers = len(closing)
     if peers < 2:
         return np.zeros(peers), np.zeros(peers)
+    # Of links that are broken no more than of the others: in sums of single precision so high a
+    # price would drown all else, and a lower one is still none that exceeds `closing`.
+    closing = np.minimum(closing, closing[closing < UNREACHED_S].max())
     both = (closing + closing.T) / 2
     own = np.diag(np.full(peers, np.inf))
     first = np.zeros(peers)
