@@ -1,8 +1,8 @@
 """Faults of a fake stage, which tests switch on while it runs: HALKA_FAKE_FAULT names a file.
 
 While the file is there, its one line says what happens and where, `KIND FIRST [TOKEN]`: in each
-step of the window that begins at layer FIRST; with TOKEN, only where a row of the step is that
-token. `load-crash` happens when the window is loaded. All are what real engines did to somebody.
+step of the window that begins at layer FIRST, or `any`; with TOKEN, only where a row of the step
+is that token. `load-crash` happens when the window is loaded. Real engines did all of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _asked(first: int) -> list[str]:
         kind, where, *token = Path(named).read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return []
-    return [kind, *token] if int(where) == first else []
+    return [kind, *token] if where in ("any", str(first)) else []
 
 
 def at_load(first: int) -> None:
