@@ -110,9 +110,10 @@ def a_home(draw: random.Random, spare_bytes: Iterable[int] = (ROOMY,)) -> Home |
         )
         for p in ids
     ]  # fmt: skip
-    whose = draw.choice(ids)
-    try:
-        return Home(of, profiles, **{whose: of.window_parts(0, layers)})
+    every = of.window_parts(0, layers)
+    held = {p: draw.sample(every, draw.choice([0, 0, len(every) // 2])) for p in ids}
+    try:  # one pulled it, some have parts of earlier plans
+        return Home(of, profiles, **(held | {draw.choice(ids): every}))
     except AssertionError:
         return None
 
@@ -291,16 +292,16 @@ def test_names_that_no_model_has_are_nobodys_spare_parts() -> None:
     assert outcomes(home.fetched()) == {A: "fine", B: "fine"}
 
 
-def test_eight_peers_and_eighty_layers_are_foreseen_within_seconds() -> None:
+def test_eight_peers_and_eighty_layers_are_foreseen_within_a_second_of_a_core() -> None:
     took = []
     for seed in (0, 2, 4):
         of = cluster(random.Random(seed), 8, 80)
         profiles = [replace(a.profile, spare_bytes=ROOMY) for a in of.peers]
         home = Home(of.shape, profiles, **{profiles[0].peer_id: part_sizes(of.shape)})
-        began = time.perf_counter()
+        began = time.process_time()
         home.foreseen()
-        took.append(time.perf_counter() - began)
-    assert min(took) < 2.0, took  # 0.3 to 0.8 s on an idle core; others compute here, too
+        took.append(time.process_time() - began)
+    assert max(took) < 1.0, took
 
 
 def test_a_large_home_is_foreseen_without_planning_for_each_loss(
