@@ -38,6 +38,7 @@ LOOK_S = 0.25  # between looks whether something is to be fetched, or an answer 
 STORE_S = 5.0  # between looks whether all of it is still there
 ROOM_S = 5.0  # between looks at what is free on the disk
 ROOM_NEWS = 0.1  # of change; less is not told
+PATIENT_S = 30.0  # a look ahead waits for the end of answers: it may use a core that they need
 AGAIN_S, AGAIN_MAX_S = 5.0, 600.0  # after a part could not be had
 STARVED_S = 300.0  # where something always computes, parts trickle in after so long
 TRICKLE = 9.0  # a tenth of the time, then
@@ -141,6 +142,9 @@ class Sparing:
     async def _look_ahead(self) -> None:
         while True:
             asked = await self._asked.get()
+            until = time.monotonic() + PATIENT_S
+            while self._host.busy() and time.monotonic() < until:
+                await asyncio.sleep(LOOK_S)
             began = time.monotonic()
             found = await asyncio.to_thread(outlook, asked.standing)
             self._step(f.Foreseen(asked.number, found, time.monotonic() - began))
