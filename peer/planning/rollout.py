@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from peer.config import Timing
 from peer.planning.choice import choose
-from peer.planning.failures import RETRY_S, Failures
+from peer.planning.failures import ILL_S, NONSENSE, RETRY_S, Failures
 from peer.planning.making import Answer, Question, measured
 from peer.planning.making import Members as Members
 from peer.planning.patience import Patience
@@ -238,8 +238,9 @@ class Rollout:
         """What the planner says, unless something else was asked since."""
         if answer.number != self._asked or self._planned is None:
             return []
-        if answer.plan and not self._members.present.issuperset(answer.plan.ring):
-            self._seen = self._planned = None  # one of its peers was lost meanwhile: think again
+        plan, known = answer.plan, self._choice.shapes
+        if plan and not (self._members.present.issuperset(plan.ring) and plan.shape in known):
+            self._seen = self._planned = None  # who is in it, or has it, was lost: think again
             return []
         self._decided, self._known = True, ()
         if answer.plan is None:
@@ -312,8 +313,7 @@ class Rollout:
             return []
         running.take(peer_id, report, now)
         if report.blamed in running.plan.ring:
-            why = "it computed numbers that are not finite, answer after answer"
-            return [self._fail(running, report.blamed, why, now)]
+            return [self._fail(running, report.blamed, NONSENSE, now)]
         if report.phase == "failed" and report.lost in running.plan.ring:
             lost = self._name(report.lost)
             return [self._drop(running, f"{self._name(peer_id)} does not reach {lost} any more")]
@@ -352,7 +352,9 @@ class Rollout:
         if running.state.phase != "draining":
             digest, ring = running.plan.shape.digest, running.plan.ring
             text = f"the stage on {name} failed: {why}"[:900]
-            self._failures.blame(peer_id, digest, ring, text, now)
+            # What is noticed late costs answers a long pause each time that it is tried.
+            least_s = ILL_S if why.startswith(("hung", NONSENSE)) else 0.0
+            self._failures.blame(peer_id, digest, ring, text, now, least_s)
         return self._drop(running, f"the stage on {name} failed: {why}")
 
     def _drop(self, running: Running, why: str, keep_cause: bool = False) -> Note:

@@ -9,7 +9,7 @@ from peer.planning.patience import SETTLE_TIMES
 from peer.planning.profile import EngineProfile, Link, Speed
 from peer.planning.rollout import Elected, Solve, Solved, Tick
 from peer.protocol import Timed
-from tests.coordinator import TIMING, A, B, C, World, profile, shape
+from tests.coordinator import TIMING, A, B, C, World, offer, profile, shape
 
 
 def test_a_plan_waits_for_peers_that_still_measure_the_model() -> None:
@@ -134,6 +134,23 @@ def test_a_plan_with_a_peer_that_was_lost_while_it_was_thought_of_is_not_rolled_
     world.members()
     world.wait(TIMING.settle_s)
     assert set(world.rollout.states[0].plan.ring) == {A, B}
+
+
+def test_a_model_that_was_lost_while_it_was_thought_of_is_not_rolled_out() -> None:
+    world = World(A, B, offers={B: [offer(shape())]})
+    world.profiles[B] = profile(B, engines=())  # it has the model, and cannot run it
+    world.members()
+    world.do(Elected(3))
+    world.now += TIMING.settle_s
+    (asked,) = [a for a in world.rollout.step(Tick(), world.now) if isinstance(a, Solve)]
+    found = answer(asked.question)
+    assert found.plan is not None
+    assert found.plan.ring == (A,)
+    world.lose(B)
+    world.do(Solved(found))
+    world.wait(2 * TIMING.settle_s)
+    assert world.rollout.states == ()
+    assert world.plans.why_none
 
 
 def test_a_peer_that_is_back_at_once_does_not_leave_the_cluster_without_a_plan() -> None:
