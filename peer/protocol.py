@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from peer.errors import ProtocolError
-from peer.planning.plan import TERM_MAX, PlanId, PlanState, StagePhase
+from peer.planning.plan import PlanId, PlanState, StagePhase
 from peer.planning.profile import (
     PEERS_MAX,
     Bytes,
@@ -26,29 +26,29 @@ from peer.planning.profile import (
     Seconds,
     Why,
 )
-
-PROTOCOL = 1
-"""Raised when peers of two versions could misunderstand each other; another one is refused."""
-
-MESSAGE_BYTES_MAX = 4 << 20  # the largest is Submit with 768 Ki token ids
-CHUNK_BYTES_MAX = 256 << 10  # < 0.5 s on the slowest Wi-Fi we plan for, so heartbeats get through
-MANIFEST_BYTES_MAX = 2 << 20
-IDS_BYTES_MAX = 4 * 768 * 1024  # prompt ids, int32 little endian
-
-Key = Annotated[str, msgspec.Meta(min_length=40, max_length=40)]  # CURVE public key, Z85
-Address = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]  # tcp://host:port
-Addresses = Annotated[tuple[Address, ...], msgspec.Meta(max_length=32)]
-Term = Annotated[int, msgspec.Meta(ge=0, le=TERM_MAX)]
-Part = Annotated[str, msgspec.Meta(max_length=16, pattern="^(head|embed|output|layer-[0-9]{3,4})$")]
-RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-TokenIds = Annotated[bytes, msgspec.Meta(max_length=IDS_BYTES_MAX)]
-Token = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
-Finite = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
-
-
-class Message(msgspec.Struct, frozen=True, tag_field="m", omit_defaults=True):
-    """Base of all messages."""
-
+from peer.stage_messages import Pipe as Pipe
+from peer.stage_messages import StageAdmit as StageAdmit
+from peer.stage_messages import StageConnect as StageConnect
+from peer.stage_messages import StageNews as StageNews
+from peer.stage_messages import StageOrder as StageOrder
+from peer.stage_messages import StagePing as StagePing
+from peer.stage_messages import StageStop as StageStop
+from peer.wire import CHUNK_BYTES_MAX as CHUNK_BYTES_MAX
+from peer.wire import IDS_BYTES_MAX as IDS_BYTES_MAX
+from peer.wire import MANIFEST_BYTES_MAX as MANIFEST_BYTES_MAX
+from peer.wire import MESSAGE_BYTES_MAX as MESSAGE_BYTES_MAX
+from peer.wire import PROTOCOL as PROTOCOL
+from peer.wire import Address as Address
+from peer.wire import Addresses as Addresses
+from peer.wire import Finite as Finite
+from peer.wire import Key as Key
+from peer.wire import Message as Message
+from peer.wire import Part as Part
+from peer.wire import RequestId as RequestId
+from peer.wire import Term as Term
+from peer.wire import Timed as Timed
+from peer.wire import Token as Token
+from peer.wire import TokenIds as TokenIds
 
 # Control plane: agent ⇄ agent -----------------------------------------------------------------
 
@@ -161,18 +161,6 @@ class Report(Message, frozen=True, tag="report"):
     # not finite.
     lost: Annotated[str, msgspec.Meta(max_length=16)] = ""
     blamed: Annotated[str, msgspec.Meta(max_length=16)] = ""
-
-
-class Timed(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What steps really took lately, as medians; 0: none were seen.
-
-    decode_s: seconds that this stage computed for a step of one row. prefill_s: for each row of
-    longer steps. tpot_s: from step to step of one answer alone, on the head, all stages and hops.
-    """
-
-    decode_s: Seconds = 0.0
-    prefill_s: Seconds = 0.0
-    tpot_s: Seconds = 0.0
 
 
 # Links: any peer asks any peer, when neither computes --------------------------------------------
@@ -340,72 +328,12 @@ class Unanswered(Message, frozen=True, tag="unanswered"):
     why: Why
 
 
-# One agent and its own stages, over a pipe --------------------------------------------------------
-
-
-class StageOrder(Message, frozen=True, tag="order"):
-    """First line to a new stage: what to load."""
-
-    plan: PlanState
-    peer_id: PeerId
-    folder: str  # the model's folder in the store
-    threads: Count
-    step_s: float = 120.0  # for one step to come around the ring
-    bind: str = "*"  # interface address to listen on
-    admitted: tuple[Key, ...] = ()  # agents that may submit
-
-
-class StageConnect(Message, frozen=True, tag="connect"):
-    """All stages are ready: where the next one listens, and which keys may speak to this one."""
-
-    next_address: Address
-    next_key: Key
-    previous_key: Key
-
-
-class StageAdmit(Message, frozen=True, tag="admit"):
-    """The agents that may submit, from now on."""
-
-    keys: Annotated[tuple[Key, ...], msgspec.Meta(max_length=PEERS_MAX)]
-
-
-class StagePing(Message, frozen=True, tag="ping"):
-    """Are you at it? Answered by StageNews.pong from the loop that computes."""
-
-    number: Count
-
-
-class StageStop(Message, frozen=True, tag="stop"):
-    """End cleanly, now."""
-
-
-class StageNews(Message, frozen=True, tag="news"):
-    """A stage's own report to its agent: what changed."""
-
-    phase: Literal["loading", "ready", "linked", "failed"]
-    ring_port: int = 0
-    submit_port: int = 0
-    key: str = ""
-    weights_bytes: int = 0
-    kv_bytes: int = 0
-    compute_bytes: int = 0
-    active: int = 0
-    steps: int = 0
-    tokens: int = 0
-    dropped: int = 0  # frames refused: stale, replayed, malformed
-    why: str = ""
-    timed: Timed | None = None
-    pong: int = 0  # of the last StagePing
-    blamed: str = ""  # peer whose numbers were not finite, answer after answer (head)
-
-
 Control = (
     Hello | Welcome | Refused | Goodbye | Heartbeat | Gossip | Announce | Plans | Report
     | ManifestWanted | ManifestHere | ChunkWanted | ChunkHere | NotHere | Probe | Probed
     | Suspect | Opinion | Outlook
 )  # fmt: skip
 Answering = Submit | Cancel | Tokens | Unanswered
-Pipe = StageOrder | StageConnect | StageAdmit | StagePing | StageStop | StageNews
 
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()

@@ -75,9 +75,8 @@ def subclasses(of: type) -> Iterator[type]:
 
 
 def test_there_is_an_example_of_every_message() -> None:
-    messages = {
-        found for found in subclasses(protocol.Message) if found.__module__ == "peer.protocol"
-    }
+    files = ("peer.protocol", "peer.stage_messages")
+    messages = {found for found in subclasses(protocol.Message) if found.__module__ in files}
     assert messages == {type(message) for message in (*CONTROL, *ANSWERING, *PIPE)}
     assert {type(message) for message in RING} == {FrameHeader, Sampled}
 
