@@ -155,7 +155,7 @@ class Generation:
     _strikes: int = 0
     _why: str = "no ring serves at this moment"
     _again_at: float = -math.inf  # no submission before
-    _waits_since: float | None = None
+    _waits_since: float | None = None  # without a sign of any head
     _give_up_at: float = math.inf  # while it waits
     _silent_at: float = math.inf  # while a head has it
 
@@ -178,6 +178,7 @@ class Generation:
                     self._offer = None
                 if plan == self.plan:
                     self._wait(why, now)
+                    self._waits_since = None  # the wait for another plan begins now
             case LinkBroke(plan) if plan == self.plan:
                 self._wait("the link to the head of the ring broke", now, AGAIN_S)
             case GoOver(plan) if plan == self.plan and self._is_elsewhere(plan):
@@ -244,7 +245,7 @@ class Generation:
             why = f"{len(ids)} tokens do not fit into a context of {offer.context}"
             return self._fail("invalid", why)
         goes_on = [Continued(offer.plan, len(self.delivered), self._why)] * bool(self._submissions)
-        self.plan, self._waits_since = offer.plan, None
+        self.plan = offer.plan
         self._submissions += 1
         self._silent_at = now + self.patience.silence_s
         submit = Submit(
@@ -280,7 +281,7 @@ class Generation:
             return []  # of a submission that is over: dropped here and nowhere else
         if isinstance(message, Unanswered):
             return self._unanswered(message, now)
-        self._silent_at = now + self.patience.silence_s
+        self._silent_at, self._waits_since = now + self.patience.silence_s, None
         expected = len(self.prompt) + len(self.delivered)
         if message.position < expected:
             return []  # repeated

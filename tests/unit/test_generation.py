@@ -181,6 +181,16 @@ def test_a_plan_of_another_model_on_its_way_is_not_waited_for() -> None:
     assert isinstance(machine.step(Tick(), 10.0)[0], Fail)
 
 
+def test_a_head_that_does_not_want_it_is_not_asked_for_ever() -> None:
+    machine, now, number = begun(), 0.0, 1
+    machine.step(tokens(3, 7), now)
+    while not machine.done:
+        machine.step(unanswered("stale", f"r.{number}"), now)
+        now, number = now + AGAIN_S, number + 1
+        machine.step(Tick(), now)
+    assert now <= PATIENCE.plan_s + AGAIN_S
+
+
 def test_the_wait_begins_anew_with_every_loss() -> None:
     machine = begun()
     machine.step(PlanLost(PLAN, "over"), 50.0)
