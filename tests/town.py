@@ -28,8 +28,8 @@ class Ear:
     def joined(self, peer_id: str) -> None:
         self.told.append(("joined", peer_id))
 
-    def lost(self, peer_id: str, why: str) -> None:
-        self.told.append(("lost", peer_id, why))
+    def lost(self, peer_id: str, why: str, heard_by: str = "") -> None:
+        self.told.append(("lost", peer_id, why, *([heard_by] if heard_by else [])))
 
     def elected(self, coordinator: str, term: int) -> None:
         self.told.append(("elected", coordinator, term))

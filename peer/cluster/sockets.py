@@ -22,6 +22,7 @@ from peer.protocol import MESSAGE_BYTES_MAX
 
 DOMAIN = b"halka"  # of ZAP; must be the same on the socket and in the handler's mind
 QUEUE_MESSAGES = 32  # for each link and direction: 8 MiB of chunks; more are dropped, not stored
+QUICK_S = 1.0  # a dial that comes to nothing later was not refused
 REFUSAL_S = 0.5  # for a refusal to arrive; longer than a bad Wi-Fi's round trip
 DIAL_EVENTS = (
     zmq.Event.HANDSHAKE_SUCCEEDED
@@ -124,7 +125,8 @@ async def closed(address: str) -> bool:
 
     libzmq's monitor tells of every attempt that fails only that it failed (measured, 4.3.5: CLOSED
     without a reason, at once where the port or the network refuses, after 3 s where no machine
-    answers). So it is tried once more, by hand.
+    answers; a failed handshake where the system of a process that ends takes a last connection).
+    So it is tried once more, by hand.
     """
     ip, port = addresses.read(address)
     loop = asyncio.get_running_loop()

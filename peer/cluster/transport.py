@@ -257,8 +257,11 @@ class Transport:
         reader = self._tasks.create_task(self._read_dealer(path))
         try:
             path.socket.connect(path.dialled)
+            began = intake.now()
             why = await self._watch_dial(path, monitor)
-            self._drop(path, why, closed=not path.up and await sockets.closed(path.dialled))
+            quick = intake.now() - began < sockets.QUICK_S
+            closed = quick and not path.up and await sockets.closed(path.dialled)
+            self._drop(path, why, closed=closed)
         except zmq.ZMQError as error:  # connect: no such interface, no more sockets
             self._drop(path, str(error))
         finally:

@@ -53,11 +53,9 @@ class Street:
 
     def lost(self, process: Process, other: str, why: str, heard_by: str) -> None:
         """A peer declared another one lost."""
-        raise NotImplementedError
 
     def elected(self, process: Process, coordinator: str, term: int) -> None:
         """A peer follows somebody, or nobody, from now on."""
-        raise NotImplementedError
 
     def fail(self, why: str) -> None:
         lines = "\n".join(" ".join(str(word) for word in line) for line in self.story)

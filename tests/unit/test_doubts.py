@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from peer.cluster.doubts import ANSWER_S
 from peer.cluster.membership import (
-    ENDED,
     Answer,
-    Ask,
     Asked,
-    Dial,
-    DialFailed,
     Heard,
-    Joined,
     Left,
     LinkDown,
     LinkUp,
     Lost,
-    Membership,
     Opined,
-    Seen,
     Tick,
 )
-from peer.config import Timing
+from tests.clocked import TIMING, Clocked
 
-TIMING = Timing()
 GONE_S = TIMING.silence_s + 0.7  # the bound for a peer that nobody hears
-
-
-class Clocked:
-    """A membership of "a" with members, ticked whenever it asks for it.
-
-    heard: who is heard all the time. answers: what others say of b when they are asked, or not.
-    """
-
-    def __init__(self, *members: str) -> None:
-        self.machine = Membership("a", TIMING, 0.0)
-        self.now = 0.0
-        self.heard = set(members)
-        self.answers: dict[str, tuple[bool, float]] = {}
-        self.asked: list[tuple[float, str, tuple[str, ...]]] = []
-        self.answered: list[Answer] = []
-        self.lost: dict[str, tuple[float, Lost]] = {}
-        self.dials: list[Dial] = []
-        for peer_id in members:
-            self.feed(LinkUp(peer_id, f"key of {peer_id}", 1, (f"tcp://10.0.0.{ord(peer_id)}:1",)))
-        self.until(10.0)
-
-    def feed(self, *events: Any) -> None:
-        inbox = list(events)
-        while inbox:
-            for action in self.machine.step(inbox.pop(0), self.now):
-                match action:
-                    case Ask(peer_id, others):
-                        self.asked.append((self.now, peer_id, others))
-                        said = ((by, self.answers[by]) for by in others if by in self.answers)
-                        inbox += [Opined(by, peer_id, *answer) for by, answer in said]
-                    case Answer():
-                        self.answered.append(action)
-                    case Lost(peer_id):
-                        self.lost[peer_id] = (self.now, action)
-                    case Dial():
-                        self.dials.append(action)
-
-    def until(self, then: float) -> None:
-        while self.now < then:
-            self.now = min(then, self.machine.deadline, self.now + 0.1)
-            self.feed(*(Heard(peer_id) for peer_id in sorted(self.heard)), Tick())
-
-    def silence(self, *peers: str) -> float:
-        self.heard -= set(peers)
-        return self.now
 
 
 @pytest.fixture
@@ -342,87 +287,3 @@ def test_who_sleeps_in_doubt_blames_itself_first(four: Clocked, asleep_s: float)
     assert not four.lost
     four.until(four.now + 12.0)
     assert "b" in four.lost
-
-
-# An agent that ended ------------------------------------------------------------------------------
-
-DIALLED = "tcp://10.0.0.9:7"
-
-
-def linked(*addresses: str, dialled: str = "", proven: str = "") -> Clocked:
-    home = Clocked("c")
-    home.feed(LinkUp("b", "key of b", 1, addresses, dialled, proven))
-    home.heard.add("b")
-    home.until(20.0)
-    home.silence("b")
-    home.feed(LinkDown("b", "the connection broke"))
-    return home
-
-
-@pytest.mark.parametrize("how", ["dialled", "proven"])
-def test_a_port_that_refuses_where_the_link_was_means_that_its_agent_ended(how: str) -> None:
-    home = linked("tcp://172.17.0.1:7", DIALLED, **{how: DIALLED})
-    assert [dial.address for dial in home.dials] == [DIALLED]
-    home.feed(DialFailed("b", closed=True))
-    assert home.lost["b"] == (home.now, Lost("b", ENDED))
-    assert not home.asked
-
-
-def test_a_dial_that_fails_otherwise_changes_nothing() -> None:
-    home = linked(DIALLED, dialled=DIALLED)
-    home.feed(DialFailed("b"))
-    assert "b" in home.machine.members
-    home.until(home.now + 0.5)
-    assert len(home.dials) == 2
-    assert not home.lost
-
-
-def test_of_several_addresses_of_which_none_is_known_to_work_all_must_refuse() -> None:
-    home = linked("tcp://10.0.0.8:7", DIALLED)
-    home.feed(DialFailed("b", closed=True))  # maybe another machine's, or this one's own
-    assert not home.lost
-    assert [dial.address for dial in home.dials] == ["tcp://10.0.0.8:7", DIALLED]  # at once
-    home.feed(DialFailed("b", closed=True))
-    assert home.lost["b"][1] == Lost("b", ENDED)
-
-
-def test_the_address_that_worked_is_dialled_first_whatever_was_heard_since() -> None:
-    home = Clocked("c")
-    home.feed(LinkUp("b", "key of b", 1, (), DIALLED))
-    home.heard.add("b")
-    home.until(20.0)
-    for number in range(100):
-        home.feed(Seen("b", "key of b", (f"tcp://10.6.6.6:{number + 1}",)), DialFailed("b"))
-    home.feed(LinkDown("b", "the connection broke"))
-    assert [dial.address for dial in home.dials] == [DIALLED]
-
-
-@pytest.mark.parametrize("state", ["linked", "no member"])
-def test_a_refusal_says_nothing_of_a_peer_that_is_linked_or_was_no_member(state: str) -> None:
-    home = Clocked("c")
-    if state == "linked":
-        home.feed(LinkUp("b", "key of b", 1, (), DIALLED))
-    else:
-        home.feed(Seen("b", "key of b", (DIALLED,)))
-    home.feed(DialFailed("b", closed=True))
-    assert not home.lost
-    assert not home.asked
-
-
-def test_a_refusal_of_an_earlier_break_does_not_count_at_the_next() -> None:
-    home = linked("tcp://10.0.0.8:7", DIALLED)
-    home.feed(DialFailed("b", closed=True))
-    home.feed(LinkUp("b", "key of b", 1, ("tcp://10.0.0.8:7", DIALLED)))
-    home.heard.add("b")
-    home.until(home.now + 5.0)
-    home.feed(LinkDown("b", "the connection broke"))
-    home.feed(DialFailed("b", closed=True))
-    assert not home.lost
-
-
-def test_a_peer_whose_agent_is_started_again_joins_again() -> None:
-    home = linked(DIALLED, dialled=DIALLED)
-    home.feed(DialFailed("b", closed=True))
-    home.until(home.now + 0.4)
-    assert len(home.dials) == 2  # it is looked for at once
-    assert home.machine.step(LinkUp("b", "key of b", 2, (), DIALLED), home.now) == [Joined("b")]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -137,43 +135,6 @@ async def test_a_peer_started_anew_within_the_regret_is_lost_and_joined(
     await until(lambda: town.agree(a, again), 10, "two peers again")
     kinds = [told[0] for told in a.ear.told if told[1] == b.cluster.me and told[0] != "elected"]
     assert kinds == ["lost", "joined"]
-
-
-async def test_a_killed_and_a_stopped_process_are_noticed_in_time(
-    tmp_path: Path, until: Any
-) -> None:
-    """The promise with the default timing: < 3 s for kill -9, < 5 s for SIGSTOP."""
-    observer = Peer(Config.loopback(home=tmp_path / "o", mdns=False))
-    await observer.start()
-    command = [sys.executable, "-m", "tests.one_peer"]
-    place = f"127.0.0.1:{observer.cluster.port}"
-    others = [
-        await asyncio.create_subprocess_exec(
-            *command, str(tmp_path / name), place, stdout=asyncio.subprocess.PIPE
-        )
-        for name in "ab"
-    ]
-    try:
-        ids = []
-        for process in others:
-            assert process.stdout is not None
-            ids.append((await process.stdout.readline()).split()[0].decode())
-        await until(lambda: set(observer.cluster.members) == set(ids), 15, "both joined")
-        killed, stopped = ids
-        others[0].kill()
-        others[1].send_signal(signal.SIGSTOP)
-        began = time.monotonic()
-        await until(lambda: killed not in observer.cluster.members, 3, "kill -9 is noticed")
-        await until(lambda: stopped not in observer.cluster.members, 5, "SIGSTOP is noticed")
-        assert time.monotonic() - began < 5.0
-        others[1].send_signal(signal.SIGCONT)
-        await until(lambda: stopped in observer.cluster.members, 15, "it comes back")
-    finally:
-        for process in others:
-            if process.returncode is None:
-                process.kill()
-            await process.communicate()
-        await observer.close()
 
 
 async def test_another_protocol_version_is_refused_by_name_on_both_sides(

@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 
 from peer.cluster import links as t
+from peer.cluster import sockets
 from peer.cluster.identity import peer_id_of
 from peer.protocol import (
     Hello,
@@ -108,6 +109,15 @@ async def test_nobody_at_the_address_is_told(ends: list[End], until: Any) -> Non
     a.transport.dial(b.me, b.pair[0], f"tcp://127.0.0.1:{port}")
     await until(lambda: a.of(t.NotReached), 5, "the failure is told")
     assert a.of(t.NotReached)[0] == t.NotReached(b.me, "nobody answers there", closed=True)
+
+
+async def test_only_where_nobody_listens_is_a_port_closed() -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        place = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        assert await sockets.closed(place)
+        listening.listen()
+        assert not await sockets.closed(place)  # whoever accepts, or does not
 
 
 async def test_a_wrong_key_is_refused(ends: list[End], until: Any) -> None:
