@@ -142,12 +142,17 @@ class Sparing:
     async def _look_ahead(self) -> None:
         while True:
             asked = await self._asked.get()
-            until = time.monotonic() + PATIENT_S
-            while self._host.busy() and time.monotonic() < until:
-                await asyncio.sleep(LOOK_S)
+            await self._calm()
             began = time.monotonic()
             found = await asyncio.to_thread(outlook, asked.standing)
             self._step(f.Foreseen(asked.number, found, time.monotonic() - began))
+
+    async def _calm(self) -> None:
+        until = time.monotonic() + PATIENT_S
+        while True:
+            if not self._host.busy() or time.monotonic() >= until:
+                return
+            await asyncio.sleep(LOOK_S)
 
     # This peer's spare parts ----------------------------------------------------------------------
 

@@ -108,7 +108,8 @@ def test_without_spare_parts_status_says_whose_loss_would_end_answers_and_what_t
     until(lambda: outcomes(first), SPARED_S, "losses are foreseen")
     found = outcomes(house.agents[2])
     assert found[first.peer_id] == "none"
-    assert [found[agent.peer_id] for agent in house.others(first)] == ["fine", "fine"]
+    for agent in house.others(first):  # the first can give whatever those who stay would need
+        assert found[agent.peer_id] in ("fine", "fetch")
     shown = house.agents[1].word("status").stdout
     assert "Survives the loss of 2 of its 3 peers\n" in shown
     flat = re.sub(r"\s+", " ", shown)
