@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 RETRY_S = (0.5, 5.0)  # after the first and second failure
+ILL_S = 15.0  # after any that would cost answers long once more: it hung, or computed nonsense
+NONSENSE = "it computed numbers that are not finite, answer after answer"
 BARRED_S = 600.0  # after the third; also how long a failure is remembered
 
 
@@ -36,11 +38,19 @@ class Failures:
     _failed: dict[tuple[str, str], _Failed] = field(default_factory=dict)
     _blames: list[_Blame] = field(default_factory=list)
 
-    def blame(self, peer_id: str, digest: str, ring: Iterable[str], why: str, now: float) -> None:
-        """Note a failure. Plans for this model do without the peer for a while."""
+    def blame(
+        self,
+        peer_id: str,
+        digest: str,
+        ring: Iterable[str],
+        why: str,
+        now: float,
+        least_s: float = 0.0,
+    ) -> None:
+        """Note a failure. Plans for this model do without the peer for least_s or more."""
         old = self._failed.get((peer_id, digest))
         count = old.count + 1 if old and now - old.last < BARRED_S else 1
-        wait_s = RETRY_S[count - 1] if count <= len(RETRY_S) else BARRED_S
+        wait_s = max(RETRY_S[count - 1] if count <= len(RETRY_S) else BARRED_S, least_s)
         if count > len(RETRY_S):
             why += f" ({count} times; it is tried again {BARRED_S / 60:.0f} minutes after the last)"
         self._failed[peer_id, digest] = _Failed(count, now, now + wait_s, why)

@@ -170,8 +170,7 @@ class Rollout:
 
     def _tell_ignored(self) -> list[Note]:
         """Whose offers do not count, once."""
-        before, now = self._ignored, self._choice.ignored
-        self._ignored = now
+        before, self._ignored = self._ignored, (now := self._choice.ignored)
         return [Note(f"{self._name(p)}: {why}") for p, why in now.items() if before.get(p) != why]
 
     def _name(self, peer_id: str, members: Members | None = None) -> str:
