@@ -94,6 +94,20 @@ def test_what_a_peer_would_have_to_fetch_goes_to_one_that_has_it_on_disk() -> No
         assert windows(split) == [("a", 0, edge), ("c", edge, 30)]
 
 
+def test_the_output_head_goes_to_one_that_has_it_on_disk_too() -> None:
+    """The tail was lost; a newcomer has all parts, the survivors have only the layers."""
+    model = replace(MODEL, output_bytes=300 * MIB)
+    before = split_of((0, 0, 10), (1, 10, 20), (2, 20, 30))
+    left = [machine(0, 700), machine(1, 700), machine(3, 700)]
+    layers = ALL_PARTS - {"output"}
+    held = {"a" * 16: layers, "b" * 16: layers, "d" * 16: ALL_PARTS}
+    split = solve(left, model, Wishes(before=before, held=held))
+    assert [name for name, _, _ in windows(split)] == ["a", "b", "d"]
+    held["b" * 16] = ALL_PARTS
+    split = solve(left, model, Wishes(before=before, held=held))
+    assert [name for name, _, _ in windows(split)] == ["a", "b"]
+
+
 def test_a_newcomer_is_not_taken_in_for_what_survivors_can_do() -> None:
     before = split_of((0, 0, 10), (1, 10, 20), (2, 20, 30))
     left = [machine(0, 270), machine(2, 270), machine(3, 270)]

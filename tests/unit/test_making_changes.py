@@ -7,7 +7,7 @@ import dataclasses
 from msgspec.structs import replace
 
 from peer.planning.making import Answer, Question, answer
-from peer.planning.plan import Plan
+from peer.planning.plan import Plan, PlanId, PlanWindow, Split
 from peer.planning.profile import Profile
 from tests.coordinator import MIB, A, B, C, D, shape
 from tests.unit.test_making import MODEL, ask, fast, planned, ring
@@ -166,6 +166,36 @@ def test_the_head_is_one_that_a_peer_without_an_engine_reaches_too() -> None:
 
 
 # Before ----------------------------------------------------------------------------------------
+
+
+def served(*windows: tuple[str, int, int]) -> Plan:
+    """A plan for the big model as no planner would make it anew."""
+    rows = (PlanWindow(peer_id, a, b, "fake") for peer_id, a, b in windows)
+    return Plan(PlanId(1, 6), A, BIG, Split(tuple(rows), 512, 512, 8, 512))
+
+
+def has(found: Answer) -> list[tuple[str, int, int]]:
+    assert found.plan
+    return [(w.peer_id, w.first, w.last) for w in found.plan.split.windows]
+
+
+def test_survivors_grow_into_the_hole_wherever_their_windows_lay() -> None:
+    before = served((A, 0, 3), (B, 3, 9), (C, 9, 12))
+    left = small(A), fast(C, 1e-2, 800)
+    assert has(answer(question(*left, before=before))) != has(answer(question(*left)))
+    assert has(answer(question(*left, before=before))) == [(A, 0, 7), (C, 7, 12)]
+
+
+def test_so_they_do_where_a_peer_goes_away_or_fails_or_a_link_breaks() -> None:
+    now = served((A, 0, 3), (B, 3, 9), (C, 9, 12))
+    grown = [(A, 0, 7), (C, 7, 12)]
+    leaving = answer(question(small(A), small(B, leaving=True), small(C), current=(now,)))
+    assert (has(leaving), leaving.gain) == (grown, "machine-b goes away")
+    failed = {BIG.digest: {B: "its stage failed"}}
+    everyone = small(A), small(B), small(C)
+    assert has(answer(question(*everyone, current=(now,), barred=failed))) == grown
+    cut = small(A), small(B, unreachable=(A, C)), small(C)
+    assert has(answer(question(*cut, current=(now,)))) == grown
 
 
 def lost_one() -> tuple[Plan, str, list[Profile]]:
