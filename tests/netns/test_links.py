@@ -1,4 +1,5 @@
-"""Peers that come, go, and fall silent, over real cables: what the others see, and how soon.
+"""Peers that come, go, and fall silent, over real cables: what the others see, and how soon; and
+that answers go on, on both sides.
 
 The small fake engine, so that the time measured is the cluster's own. Every test leaves three
 machines that agree, as it found them.
@@ -15,14 +16,18 @@ import pytest
 from peer.models.imports import import_gguf
 from peer.models.store import Store
 from tests import fake_models
+from tests.e2e.answers import told
 from tests.netns.stream import Stream
 from tests.netns.world import Machine, World, agreement, members, world
 
 NAMES = ["ash", "elm", "oak"]
 FAKE = {"backend": "fake", "spread": "all"}
+GONE_S = 15.0  # a peer that is stopped, once the others serve without it
 NOTICED_S = 5.0  # a silent link
+MODEL = "model.gguf"
 AGREED_S = 30.0  # from a change to one plan that serves; busy machines take their time
-LONG = 3000  # tokens; minutes
+LONG = 400  # tokens; some twenty seconds
+QUESTION = "Tell all."
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,7 @@ def nothing_left_behind() -> None:
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Three machines that each have the whole model, and serve it together."""
     folder = tmp_path_factory.mktemp("house")
-    model = fake_models.write(folder / "model.gguf", end_every=0, delay_s=0.01)
+    model = fake_models.write(folder / MODEL, end_every=0, delay_s=0.01)
     with world(folder) as made:
         for name in NAMES:
             machine = made.machine(name)
@@ -59,7 +64,7 @@ def answer(machine: Machine) -> str:
     return stream.text
 
 
-def test_a_peer_that_starts_later_joins_and_one_that_leaves_is_gone_at_once(house: World) -> None:
+def test_a_peer_that_starts_later_joins_and_one_that_leaves_is_soon_gone(house: World) -> None:
     before = agreement(house.machines[NAMES[0]].status())
     late = house.machine("fir")
     late.start(**FAKE)
@@ -74,16 +79,16 @@ def test_a_peer_that_starts_later_joins_and_one_that_leaves_is_gone_at_once(hous
     others = [house.machines[name] for name in NAMES]
     late.terminate()
     took_s = house.until(
-        lambda: all(members(m.status()) == NAMES for m in others), 10, "the fourth is gone"
+        lambda: all(members(m.status()) == NAMES for m in others), 20, "the fourth is gone"
     )
     assert late.stop() == 0
-    assert took_s < 2.0  # it said goodbye: nobody waited for silence
+    assert took_s < GONE_S
     house.until(lambda: house.agree(NAMES), AGREED_S, "three peers agree again")
     for machine in others:
         (gone,) = [p for p in machine.status()["peers"] if p["state"] == "lost"]
         assert gone["name"] == "fir"
         assert "its agent was stopped" in gone["why"]
-    assert agreement(others[0].status())["layers"] == before["layers"]
+    assert len(agreement(others[0].status())["layers"]) == len(before["layers"])
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,7 @@ def test_a_peer_that_starts_later_joins_and_one_that_leaves_is_gone_at_once(hous
     [(False, Machine.unplug, Machine.plug), (True, Machine.mute, Machine.unmute)],
     ids=["a member's cable is pulled", "the coordinator's wire goes dead"],
 )
-def test_a_silent_link_is_noticed_answers_say_so_and_the_parts_grow_together_again(
+def test_a_silent_link_is_noticed_answers_go_on_and_the_parts_grow_together_again(
     house: World,
     victim_coordinates: bool,
     silence: Callable[[Machine], None],
@@ -104,7 +109,7 @@ def test_a_silent_link_is_noticed_answers_say_so_and_the_parts_grow_together_aga
     expected, before = answer(house.machines[victim]), agreement(house.machines[first].status())
     with ExitStack() as asked:
         streams = {
-            name: asked.enter_context(Stream(machine, "Tell all.", max_tokens=LONG))
+            name: asked.enter_context(Stream(machine, QUESTION, max_tokens=LONG))
             for name, machine in house.machines.items()
             if name in NAMES
         }
@@ -116,11 +121,12 @@ def test_a_silent_link_is_noticed_answers_say_so_and_the_parts_grow_together_aga
             10, f"the others notice that {victim} is silent",
         )  # fmt: skip
         assert time.monotonic() - pulled < NOTICED_S
-        house.until(lambda: all(s.ended for s in streams.values()), 10, "answers in flight end")
-    ends = {name: stream.error for name, stream in streams.items()}
-    assert not any(stream.clean for stream in streams.values()), ends
-    assert all(victim in ends[name] for name in rest), ends
-    assert any(name in ends[victim] for name in rest), f"{ends}\n{house.story()}"
+        house.until(lambda: all(s.ended for s in streams.values()), 60, "answers in flight end")
+    for name, stream in streams.items():
+        assert stream.clean, f"{name}: {stream.error}\n{house.story()}"
+        assert not stream.error
+        assert stream.text == told(house.folder / MODEL, QUESTION, LONG), name
+        assert "answer=continued" in house.machines[name].log()
 
     alone = house.machines[victim]
     house.until(lambda: house.agree(rest) and house.agree([victim]), AGREED_S, "both sides serve")
