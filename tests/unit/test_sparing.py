@@ -4,9 +4,11 @@ coordinator's look ahead with real outlooks."""
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from msgspec.structs import replace
@@ -38,6 +40,7 @@ from tests import gguf_files
 from tests.conftest import Until
 from tests.coordinator import A, B, C, profile, shape
 
+T = TypeVar("T")
 LAYERS = 6
 SLOW_S = 2 * transfer.QUICK_S  # of a chunk
 
@@ -63,6 +66,7 @@ class Peer:
         plan = Plan(PlanId(3, 1), A, self.shape, Split(windows, 512, 512, 8, 512))
         self.state: PlanState | None = PlanState(plan, "serving")
         self.works = False
+        self.looks: Counter[str] = Counter()
         self.told: list[Outlook] = []
         self.asked: list[tuple[str, str]] = []  # chunks, with their part
         self.rests: list[tuple[float, float]] = []  # after a quick chunk, and after a slow one
@@ -81,9 +85,19 @@ class Peer:
     @property
     def host(self) -> Host:
         return Host(
-            B, lambda: self.works, lambda: self.state, lambda: self.mine, self.change, self.offers,
-            self.told.append, self.parts,
+            B, lambda: self.seen("busy", self.works), lambda: self.seen("serving", self.state),
+            lambda: self.seen("profile", self.mine), self.change, self.offers, self.told.append,
+            self.parts,
         )  # fmt: skip
+
+    def seen(self, what: str, value: T) -> T:
+        self.looks[what] += 1
+        return value
+
+    async def looked(self, until: Until, what: str) -> None:
+        """Until it has looked at this ten times more, and could have done something."""
+        before = self.looks[what]
+        await until(lambda: self.looks[what] >= before + 10, 10, f"it looks at {what}")
 
     def held(self, names: Mapping[str, Sequence[str]]) -> None:
         for peer_id, held in names.items():
@@ -184,8 +198,7 @@ async def test_it_waits_while_something_computes_and_goes_on_where_it_was(
         await until(lambda: len(asyncio.all_tasks()) <= 6, 10, "the fetch is over")
         peer.gate.set()
         asked = len(peer.asked)
-        for _ in range(20):
-            await asyncio.sleep(0.01)
+        await peer.looked(until, "busy")
         assert len(peer.asked) == asked
         assert peer.here() == set()
         peer.works = False
@@ -239,9 +252,9 @@ async def test_a_coordinator_that_asks_for_more_than_was_offered_gets_nothing(
         peer.state = None  # what is told stays as it is set now
         peer.mine = replace(peer.mine, spare_bytes=sizes["layer-000"])
         peer.asks_for("layer-000", "layer-001")
-        peer.asks_for("layer-000", "layer-001", digest="f" * 64)  # nor of what nobody has
-        for _ in range(20):
-            await asyncio.sleep(0.01)
+        await peer.looked(until, "profile")
+        peer.asks_for("layer-000", digest="f" * 64)  # nor of what nobody has
+        await peer.looked(until, "serving")
         assert peer.asked == []
         peer.asks_for("layer-000")
         await until(lambda: peer.here() == {"layer-000"}, 20, "what was offered")
@@ -327,8 +340,7 @@ async def test_a_coordinator_looks_ahead_and_tells_everybody(
         assert peer.told == []
         peer.works = True
         peer.sparing.watch(members, [peer.state, PlanState(peer.plan, "draining")])
-        for _ in range(30):
-            await asyncio.sleep(0.01)
+        await peer.looked(until, "busy")
         assert [told.losses for told in peer.told] == [()]  # not while something computes
         peer.works = False
         await until(lambda: any(told.losses for told in peer.told), 20, "it is told")
@@ -342,6 +354,5 @@ async def test_a_coordinator_looks_ahead_and_tells_everybody(
         await until(lambda: peer.here() == {*FIRST}, 20, "it holds them")
         peer.sparing.watch(r.Deposed(), ())
         said = len(peer.told)
-        for _ in range(20):
-            await asyncio.sleep(0.01)
+        await peer.looked(until, "serving")
         assert len(peer.told) == said
