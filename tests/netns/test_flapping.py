@@ -16,6 +16,8 @@ from tests.e2e.answers import told
 from tests.netns.stream import Stream
 from tests.netns.world import Machine, World, world
 
+pytestmark = pytest.mark.timeout(300)
+
 NAMES = ["ash", "elm", "oak"]
 FLAPS_S = 30.0
 SERVES_S = 60.0

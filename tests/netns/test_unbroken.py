@@ -20,7 +20,7 @@ from tests.netns.truth import GREEDY, Truth, truth
 from tests.netns.unbroken import NAMES, QUESTION, SILENT, Case, Home, Seen, home, starts
 from tests.netns.world import members
 
-pytestmark = pytest.mark.llama
+pytestmark = [pytest.mark.llama, pytest.mark.timeout(300)]
 
 TOKENS = 80
 PAUSE_MAX_S = 20.0  # on a machine that others use, too; the benchmark measures

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.answers import told
 from tests.netns.undisturbed import FIRST, QUESTION, quiet
+
+pytestmark = pytest.mark.timeout(300)
 
 TOKENS = 1000
 GAP_MAX_S = 0.5  # of tokens that take 25 ms; cores that others use are late at times
