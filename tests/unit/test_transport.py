@@ -84,7 +84,7 @@ async def test_a_hung_up_link_ends_on_both_sides(pair: tuple[End, End], until: A
     await until(lambda: a.of(t.Unlinked), 2, "the dialler is told")
     assert not b.of(t.Unlinked)  # it knows
     a.dial(b)
-    await until(lambda: len(b.of(t.Linked)) == 2, 5, "dialled again")
+    await until(lambda: len(a.of(t.Linked)) == len(b.of(t.Linked)) == 2, 5, "dialled again")
     await still_works(pair, until)
 
 
