@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ log = logging.getLogger("halka.agent")
 
 # After a stage's last step, before anything is measured: more than the time between its news.
 QUIET_S, QUIET_MAX_S = 1.5, 30.0
+ANNOUNCE_S = 10.0  # between repetitions: what is told while a link breaks and is back may be lost
 
 
 class Agent:
@@ -80,6 +82,7 @@ class Agent:
             self.duty, self.entry, store, self._present_offers, self._waiting, spawn
         )
         self.measuring = Measuring(config, self, profile, lambda: self.supervisor.holds)
+        self._announced = -math.inf  # when everybody was last told what is here
         self._steps, self._stepping = 0, Lull(QUIET_S, QUIET_MAX_S)  # of this peer's stages
         self._questions: asyncio.Queue[Question] = asyncio.Queue()
         self._turns = Turns()
@@ -87,7 +90,10 @@ class Agent:
         self._rollout_alarm = Alarm(lambda: self._rollout(r.Tick()))
         self.fetching = Fetching(config, store, self.cluster, self.offers, self._fetched, spawn)
         self._hosts: dict[str, str] = {}  # by which members were reached last
-        self.sparing = Sparing(config, store, self._sparing_host())
+        self.sparing = Sparing(config, store, Host(
+            self.me, self._occupied, self.duty.serving, lambda: self.profiles[self.me],
+            self.measuring.change, self.offers, self.cluster.broadcast, self.fetching.parts,
+        ))  # fmt: skip
 
     # From the cluster -------------------------------------------------------------------------
 
@@ -136,7 +142,8 @@ class Agent:
         """A message from a member."""
         match message:
             case Announce(profile, models):
-                if profile.peer_id == peer_id:
+                known = self.profiles.get(peer_id), self.offers.get(peer_id)
+                if profile.peer_id == peer_id and known != (profile, models):
                     self.profiles[peer_id], self.offers[peer_id] = profile, models
                     self._members()
             case Plans():
@@ -162,21 +169,10 @@ class Agent:
         )
         return loads or not self._stepping.is_over(time.monotonic()) or self.entry.running > 0
 
-    def _sparing_host(self) -> Host:
-        return Host(
-            self.me,
-            lambda: self.fetching.running or self._answers() or self.busy(),
-            self.duty.serving,
-            lambda: self.profiles[self.me],
-            self.measuring.change,
-            self.offers,
-            self.cluster.broadcast,
-            self.fetching.parts,
-        )
-
-    def _answers(self) -> bool:
-        """Whether the ring is at an answer, as was told last."""
-        return any(report.active for report in self.reports.values())
+    def _occupied(self) -> bool:
+        """Whether this peer, or the ring as was told last, has something to do that cannot wait."""
+        answers = any(report.active for report in self.reports.values())
+        return answers or self.fetching.running or self.busy()
 
     def linked(self, link: Link) -> None:
         """A link was measured."""
@@ -205,11 +201,14 @@ class Agent:
         return Announce(self.profiles[self.me], tuple(self.offers[self.me])[:64])
 
     def announce(self, offers: Sequence[ModelOffer]) -> None:
-        """The store has changed: tell everybody what is in it."""
+        """The store was looked at: tell everybody what is in it, and again from time to time."""
         if list(offers) != list(self.offers[self.me]):
             self.offers[self.me] = tuple(offers)
-            self.cluster.broadcast(self._announcement())
+            self._announced = -math.inf
             self._members()
+        if (now := time.monotonic()) >= self._announced + ANNOUNCE_S:
+            self._announced = now
+            self.cluster.broadcast(self._announcement())
 
     def introduce(self, profile: Profile) -> None:
         """This machine can do something else than before: tell everybody."""
