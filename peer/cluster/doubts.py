@@ -22,6 +22,7 @@ class Doubt:
     until: float
     asked_at: float = 0.0
     asked: frozenset[str] = frozenset()  # in the last question
+    excused: bool = False  # this process was late once
     deaf: set[str] = field(default_factory=set)  # of those, who do not hear it either
     hearing: dict[str, tuple[float, float]] = field(default_factory=dict)  # → (last heard, told at)
 
@@ -49,11 +50,17 @@ class Doubt:
         self.hearing.pop(peer_id, None)
         self.deaf.discard(peer_id)
 
-    def shift(self, late_s: float) -> None:
-        """Move the clocks by a time in which this process did not run."""
+    def shift(self, late_s: float, now: float) -> None:
+        """Move the clocks by a time in which this process did not run.
+
+        Once in a doubt also so that answers which wait unread are read; not more often, or a
+        process that always starves would never lose anybody.
+        """
         self.until += late_s
         self.asked_at += late_s
-        self.hearing = {by: (at + late_s, told + late_s) for by, (at, told) in self.hearing.items()}
+        if not self.excused:
+            self.excused = True
+            self.until, self.asked_at = max(self.until, now + ANSWER_S), now
 
     @property
     def due(self) -> float:

@@ -173,7 +173,7 @@ class Membership:
             if peer.dialling:
                 peer.dialling_until += late
             if peer.doubt is not None:
-                peer.doubt.shift(late)
+                peer.doubt.shift(late, now)
 
     # Sightings ------------------------------------------------------------------------------------
 

@@ -61,10 +61,10 @@ def test_the_address_that_worked_is_dialled_first_whatever_was_heard_since() -> 
 @pytest.mark.parametrize("state", ["linked", "no member"])
 def test_a_refusal_says_nothing_of_a_peer_that_is_linked_or_was_no_member(state: str) -> None:
     home = Clocked("c")
+    home.feed(Seen("b", "key of b", (DIALLED,)))
     if state == "linked":
-        home.feed(LinkUp("b", "key of b", 1, (), DIALLED))
-    else:
-        home.feed(Seen("b", "key of b", (DIALLED,)))
+        home.feed(LinkUp("b", "key of b", 1, (DIALLED,), "", DIALLED))
+    assert [dial.address for dial in home.dials] == [DIALLED]
     home.feed(DialFailed("b", closed=True))
     assert not home.lost
     assert not home.asked

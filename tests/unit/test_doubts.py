@@ -274,6 +274,49 @@ def test_who_just_woke_has_no_opinion_at_all(four: Clocked) -> None:
     assert four.answered == [Answer("c", "d", True, 0.0)]
 
 
+@pytest.mark.parametrize("heard", [True, False])
+@pytest.mark.parametrize("asleep_s", [1.0, 1.8])
+def test_answers_that_waited_while_this_process_did_not_run_are_read_first(
+    four: Clocked, asleep_s: float, heard: bool
+) -> None:
+    began = four.silence("b")
+    if heard:
+        four.answers = {"d": (True, 0.1)}
+        four.until(began + 7.7)  # just before the bound
+        four.answers.clear()
+    else:
+        four.until(began + 3.9)  # just after the question
+    asked = len(four.asked)
+    four.now += asleep_s
+    four.feed(Tick())
+    assert "b" in four.machine.members
+    four.feed(Opined("d", "b", True, 0.1))
+    four.until(four.now + 0.4)
+    assert not four.lost
+    assert len(four.asked) <= asked + 1
+
+
+def test_who_starves_again_and_again_in_doubt_loses_the_dead_in_the_end(four: Clocked) -> None:
+    began = four.silence("b")
+    four.until(began + 3.9)
+    for _ in range(20):
+        four.now = four.machine.deadline + 0.3
+        four.feed(Heard("c"), Heard("d"), Tick())
+    assert set(four.lost) == {"b"}
+
+
+def test_who_heard_it_not_a_moment_ago_may_hear_it_now(four: Clocked) -> None:
+    began = four.silence("b")
+    four.answers = {"c": (False, 0.0), "d": (True, 0.1)}
+    four.until(began + 4.5)
+    four.answers = {"d": (False, 2.0)}
+    four.until(began + 5.0)
+    assert not four.lost  # c has not answered this question yet
+    four.feed(Opined("c", "b", True, 0.0))
+    four.until(began + 5.6)
+    assert not four.lost
+
+
 @pytest.mark.parametrize("asleep_s", [0.6, 1.5, 5.0, 3600.0])
 def test_who_sleeps_in_doubt_blames_itself_first(four: Clocked, asleep_s: float) -> None:
     began = four.silence("b")

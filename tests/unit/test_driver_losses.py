@@ -55,6 +55,9 @@ async def test_a_killed_and_a_stopped_process_are_noticed_in_time(
         await until(lambda: set(observer.cluster.members) == set(ids), 15, "both joined")
         killed, stopped = ids
         await until(lambda: settled(observer), 5, "no link is young")
+        for peer_id in ids:  # who dialled here can be dialled back
+            known = observer.cluster._machines.membership._peers[peer_id]
+            assert known.proven == observer.cluster.members[peer_id].addresses[0]
         began = time.monotonic()
         others[0].kill()
         others[1].send_signal(signal.SIGSTOP)
