@@ -336,6 +336,7 @@ class Agent:
             self.serving.learn(self.duty.parts[event.plan].state.plan)
 
     async def _start(self, plan: Plan) -> None:
+        await self.supervisor.cleared()
         part = self.duty.parts.get(plan.id)
         if part is None or part.dead:
             return

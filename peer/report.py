@@ -57,7 +57,7 @@ def status(agent: Agent, started: float, http: str) -> dict[str, Any]:
             ),
             peers=tuple(_peers(agent, shown)),
             model=_model(agent, shown),
-            answers=Answers(agent.entry.running, agent.entry.served, agent.entry.failed),
+            answers=_answers(agent),
             refused=tuple(
                 Refusal(turned.host, turned.why, cluster.clock() - turned.at)
                 for turned in cluster.refused
@@ -69,6 +69,11 @@ def status(agent: Agent, started: float, http: str) -> dict[str, Any]:
             spares=tuple(_spares(agent)),
         )
     )
+
+
+def _answers(agent: Agent) -> Answers:
+    entry = agent.entry
+    return Answers(entry.running, entry.served, entry.failed, entry.waiting, entry.continued)
 
 
 def plan(agent: Agent) -> dict[str, Any] | None:
@@ -190,6 +195,7 @@ def _peer(agent: Agent, peer_id: str, shown: PlanState | None) -> PeerState:
             memory_total_bytes=profile.memory_total_bytes,
             memory_available_bytes=profile.memory_available_bytes,
             engines=tuple(Engine(e.backend, e.device, e.kind) for e in profile.engines),
+            leaving=profile.leaving,
         )
     if shown is None:
         return basic

@@ -147,6 +147,12 @@ class Supervisor:
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
+    async def cleared(self) -> None:
+        """Until stages that are ending have left this machine's memory: the next one needs it. They
+        are killed where they do not end by themselves, so this takes some seconds at most."""
+        if self._ending:
+            await asyncio.wait(self._ending)
+
     async def close(self) -> None:
         """End every stage."""
         for plan in list(self._stages):

@@ -60,6 +60,7 @@ class PeerState(msgspec.Struct, frozen=True):
     kv_bytes: int = 0
     compute_bytes: int = 0
     why: str = ""
+    leaving: bool = False  # as soon as others have taken over
 
     @property
     def memory_bytes(self) -> int:
@@ -80,11 +81,14 @@ class ModelState(msgspec.Struct, frozen=True):
 
 
 class Answers(msgspec.Struct, frozen=True):
-    """Answers that this peer is the entry of."""
+    """Answers that this peer is the entry of. waiting: of those that run, for a ring that serves;
+    continued: how often one went on on another ring."""
 
     running: int = 0
     served: int = 0
     failed: int = 0
+    waiting: int = 0
+    continued: int = 0
 
 
 class Refusal(msgspec.Struct, frozen=True):

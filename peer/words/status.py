@@ -13,7 +13,7 @@ from peer.errors import CommandError
 from peer.words import ring
 from peer.words.agent import Agent
 from peer.words.screen import Screen, cells_of, count, duration, note, say, size
-from peer.words.state import PeerState, Status
+from peer.words.state import Answers, PeerState, Status
 
 PEERS_SHOWN = 12  # more would push the ring off the screen; --json has all
 LOSSES_SHOWN = 6
@@ -139,6 +139,7 @@ def _peers(status: Status, screen: Screen) -> list[str]:
 def _about(peer: PeerState, screen: Screen) -> str:
     facts = ["lost"] if peer.state == "lost" else []
     facts += ["here"] if peer.me else []
+    facts += ["going away"] if peer.leaving else []
     if not peer.layers and peer.state != "lost":
         facts.append("no layers")
     facts += [peer.os, count(peer.cores, "core") if peer.cores else ""]
@@ -196,7 +197,7 @@ def _doors(status: Status, screen: Screen) -> list[str]:
     out = [
         f"API      {screen.paint(f'http://{http}/v1', 'bold')}  (OpenAI's base_url; any api_key)",
         '         try it: halka chat "Why is the sky blue?"',
-        f"Answers  {answers.running} running, {answers.served} served, {answers.failed} failed",
+        _answers(answers),
     ]
     if status.cluster.open:
         out += screen.wrap(
@@ -206,6 +207,15 @@ def _doors(status: Status, screen: Screen) -> list[str]:
         text = f"{refusal.address}: {refusal.why} ({duration(refusal.ago_s)} ago)"
         out += screen.wrap(text, "Refused  ")
     return out
+
+
+def _answers(answers: Answers) -> str:
+    waits = f" ({answers.waiting} waiting for a ring)" if answers.waiting else ""
+    went = f" ({count(answers.continued, 'time')} on another ring)" if answers.continued else ""
+    return (
+        f"Answers  {answers.running} running{waits}, {answers.served} served{went}, "
+        f"{answers.failed} failed"
+    )
 
 
 def _problems(status: Status, screen: Screen) -> list[str]:

@@ -101,3 +101,18 @@ def test_colour_is_of_the_words_alone() -> None:
     assert "Survives \x1b[32mthe loss of any one of its 2 peers\x1b[0m" in text
     text = shown(Screen(colour=True), losses=[a_loss("a"), a_loss("b", "fetch", fetch_bytes=1)])
     assert "Survives \x1b[33mthe loss of any one of its 2 peers\x1b[0m" in text
+
+
+def test_answers_that_wait_or_went_on_elsewhere_are_counted() -> None:
+    answers = {"running": 2, "served": 5, "failed": 0, "waiting": 1, "continued": 3}
+    text = shown(answers=answers)
+    assert (
+        "Answers  2 running (1 waiting for a ring), 5 served (3 times on another ring), 0 f" in text
+    )
+    assert "waiting" not in shown(answers={"running": 2, "served": 5, "failed": 0})
+
+
+def test_a_peer_that_wants_to_go_is_shown_so() -> None:
+    peers = a_status()["peers"]
+    assert "going away" not in shown()
+    assert "going away" in shown(peers=[{**peers[0], "leaving": True}, *peers[1:]])
