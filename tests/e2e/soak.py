@@ -146,6 +146,7 @@ class Soak:
                 self._look()
             if now - told_s > 60:
                 told_s = now
+                self._count()
                 self._say(self.result.told())
             if self.result.wrong:
                 return
@@ -244,8 +245,8 @@ class Soak:
                 seen.append((now, process.num_fds()))
 
     def _count(self) -> None:
-        for agent in self.house.agents:
-            self.result.continued += agent.text().count("answer=continued")
+        texts = (agent.text() for agent in self.house.agents)
+        self.result.continued = sum(text.count("answer=continued") for text in texts)
 
     def _rests(self) -> bool:
         """Whether all are members again and follow one plan that serves. A peer whose stage was
