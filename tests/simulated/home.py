@@ -103,7 +103,8 @@ class Home(Misfortune):
             if not self.is_up(machine) and (machine.powered or self.rng.random() < 0.5):
                 self.start(machine)
             for process in list(machine.processes):
-                self.resume(process)
+                if not getattr(process, "hung", False):  # that is for its agent to notice
+                    self.resume(process)
         if not any(map(self.is_up, self.machines.values())):
             self.start(next(iter(self.machines.values())))
 
@@ -111,7 +112,9 @@ class Home(Misfortune):
         """Play until all is as it must be."""
         until = self.now + BOUND_S
         while trouble := self.trouble():
-            if self.now >= until:
+            if not self.here():  # the last one wished to go
+                self.start(next(iter(self.machines.values())))
+            elif self.now >= until:
                 self.fail(f"{BOUND_S:.0f} s after the last fault: {trouble}")
             self.play(0.5)
 

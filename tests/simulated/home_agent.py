@@ -22,12 +22,11 @@ from peer.planning.plan import PlanId
 from peer.planning.profile import ModelOffer, Profile
 from peer.protocol import Announce, Plans, Report, StageNews
 from peer.ring.generation import Offer
+from peer.ring.lease import Hung, Lease, Look, Ping, Pong
 from tests.simulated.home_fetching import Fetching
 from tests.simulated.home_membership import Members
-from tests.simulated.home_stage import PIPE_S, Stage
+from tests.simulated.home_stage import PIPE_S, STEP_S, Stage
 from tests.simulated.home_wires import Dialled, Machine, Wire
-
-LEASE_S = 6.0  # a stage that does not answer its agent for so long is ended
 
 
 class Agent(Members, Fetching):
@@ -35,6 +34,7 @@ class Agent(Members, Fetching):
 
     make_duty: type[d.Duty] = d.Duty
     make_rollout: type[r.Rollout] = r.Rollout
+    make_lease: type[Lease] = Lease
     tells_exits = True
 
     def __init__(self, home: Any, machine: Machine, profile: Profile) -> None:
@@ -233,26 +233,41 @@ class Agent(Members, Fetching):
         stage = self.stages[plan.id] = self.home.make_stage(self, plan, admitted, cost_s)
         self.home.tell(self.machine.short, "starts a stage of plan", plan.id)
         self.home.at(self.home.load_time(), stage.do, stage.loaded)
-        self.home.at(LEASE_S / 2, self.look_at, stage, self.home.now)
 
     def stop_stage(self, plan_id: PlanId) -> None:
         if stage := self.stages.pop(plan_id, None):
             wait_s = 3.0 if stage.stopped else self.home.rng.random() * 0.05
             self.home.at(wait_s, self.home.over, stage)
 
-    def look_at(self, stage: Stage, answered: float) -> None:
-        """The lease: a stage that does not answer for too long is ended."""
-        if not (self.alive and stage.alive and self.stages.get(stage.plan.id) is stage):
+    def mind(self, stage: Stage, lease: Lease) -> None:
+        """Look at it and ask it, until it ends or has to be ended."""
+        if not stage.alive or self.stages.get(stage.plan.id) is not stage:
             return
-        now = self.home.now
-        if self.stopped or not stage.stopped:
-            answered = now  # while this process did not run, nobody was late
-        if now - answered >= LEASE_S:
-            return stage.exit(f"the stage hung: it did not answer for {LEASE_S:.0f} s")
-        self.home.at(LEASE_S / 2, self.look_at, stage, answered)
+        look = Look(stage.worked_s, 0, "stopped" if stage.stopped else "runs")
+        for action in lease.step(look, self.home.now):
+            match action:
+                case Ping(number):
+                    self.home.at(PIPE_S, stage.do, self.asked, stage, lease, number)
+                case Hung(why):
+                    if not stage.stopped:
+                        self.home.fail(f"{self.me} takes a stage for hung that is not: {why}")
+                    return stage.exit(why)
+        wait_s = max(0.01, lease.deadline - self.home.now)
+        self.home.at(wait_s, self.do, self.mind, stage, lease)
+
+    def asked(self, stage: Stage, lease: Lease, number: int) -> None:
+        """In the stage, once it runs: it answers."""
+        self.home.at(PIPE_S, self.do, self.answered, lease, number)
+
+    def answered(self, lease: Lease, number: int) -> None:
+        lease.step(Pong(number), self.home.now)
 
     def stage_told(self, stage: Stage, news: StageNews) -> None:
         if self.stages.get(stage.plan.id) is stage:
+            if not stage.leased and news.phase != "loading":
+                stage.leased = True
+                rows_max = stage.plan.split.batch_tokens
+                self.mind(stage, self.make_lease(self.home.now, rows_max, STEP_S))
             self.do_duty(d.Told(stage.plan.id, news))
 
     def stage_exited(self, stage: Stage, why: str, lost: str) -> None:

@@ -160,7 +160,8 @@ class Misfortune(World, ABC):
         """It answers nobody for a while, or until its agent ends it."""
         stage = self.some_stage(a)
         if stage and not stage.stopped:
-            self.pause(stage, self.rng.choice((0.5, 2.0, 5.0, 30.0)))
+            stage.hung = stage.leased  # nobody asks one that loads
+            self.pause(stage, self.rng.choice((0.5, 2.0, 5.0, 30.0, 300.0)))
 
     def happens_ill(self, a: Machine, b: Machine) -> None:
         """Its numbers are not finite for a while."""

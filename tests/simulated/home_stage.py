@@ -25,6 +25,7 @@ from tests.simulated.home_engine import VOCABULARY, Row, Windows
 from tests.simulated.home_wires import Dialled, Process, Wire
 
 NEWS_S = 0.5
+STEP_S = 120.0
 STRETCH_TOKENS = 6  # few, as the answers are short
 PIPE_S = 0.002  # between an agent and its stages
 
@@ -83,11 +84,14 @@ class Stage(Process):
         self.give_up_at = math.inf
         self.ill_until = -math.inf  # its numbers are not finite
         self.blamed = ""
+        self.worked_s = 0.0
+        self.hung = False  # it is stopped, and nothing but its agent ends that soon
+        self.leased = False  # its agent asks it whether it is at work
         self.previous = ""  # whose frames are taken
         self.scheduler: Scheduler | None = None
         if plan.head == me:
             self.scheduler = self.make_scheduler(
-                split.slots, split.context, split.kv_cells, split.batch_tokens, 120.0
+                split.slots, split.context, split.kv_cells, split.batch_tokens, STEP_S
             )
         self.todo: schedule.Run | None = None
         self.busy = False
@@ -262,6 +266,7 @@ class Stage(Process):
             known = {fault.slot for fault in faults}
             slots = dict.fromkeys(slot for slot, _, _ in frame.rows)
             faults += tuple(Fault(s, self.machine.name) for s in slots if s not in known)
+        self.worked_s += took_s
         self.busy = True
         done = replace(frame, window=index, reached=reached, x=tuple(x), faults=faults)
         self.home.at(took_s, self.do, self.computed, done)

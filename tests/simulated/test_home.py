@@ -18,6 +18,7 @@ from peer.planning import rollout as r
 from peer.planning.running import Running
 from peer.ring import generation as g
 from peer.ring.frames import Open
+from peer.ring.lease import Lease, Look
 from tests.simulated.home import Home
 from tests.simulated.home_agent import Agent
 from tests.simulated.home_entry import Entry
@@ -147,6 +148,13 @@ class ForgetsHistory(Scheduler):
         self._ops = [Open(o.slot, o.sampling) if isinstance(o, Open) else o for o in self._ops]
 
 
+class NeverHung(Lease):
+    """A stage that does not come back is waited for."""
+
+    def _verdict(self, look: Look, now: float) -> str:
+        return ""
+
+
 # In plans -----------------------------------------------------------------------------------------
 
 
@@ -246,6 +254,7 @@ PLANTED: dict[str, type[Home]] = {
     "a peer serves a plan that is over": agent(make_duty=ServesDeadPlans),
     "a peer does not report its stage's end": agent(make_duty=HidesExits),
     "its agent does not notice it": agent(tells_exits=False),
+    "a stage that hangs is waited for": agent(make_lease=NeverHung),
     "the coordinator does not plan anew": agent(make_rollout=NeverReplans),
     "it publishes in an old term": agent(make_rollout=PublishesOldTerms),
     "it goes on when it is deposed": agent(make_rollout=NeverDeposed),
