@@ -227,7 +227,7 @@ class Duty:
         # A plan that was over only because this peer was out of reach from here begins anew when
         # it is heard of again; had the others lost it, too, the coordinator would not list it.
         for plan_id, part in list(self.parts.items()):
-            if part.of_another and self._here.issuperset(part.state.plan.ring):
+            if part.of_another and part.state.plan.head == peer_id:
                 del self.parts[plan_id]
         return [action for part in self.parts.values() for action in self._link(part)] + (
             self._serve()

@@ -233,6 +233,15 @@ def test_an_entry_peer_that_lost_sight_of_the_ring_serves_again_when_it_is_back(
     assert actions == [Fetch(PLAN, ("head",)), Serve(PLAN, links(PLAN)[0])]
 
 
+def test_an_entry_peer_needs_the_head_back_and_nobody_else_of_the_ring() -> None:
+    """A cable between it and a peer in the middle of the ring may stay cut for days."""
+    machine = make(PEERS[4], met=(PEERS[0], PEERS[2], PEERS[3]))
+    machine.step(heard(state(PLAN, "serving")), 0)
+    machine.step(MemberLost(PEERS[0], "the connection broke", heard_by=PEERS[2]), 1)
+    machine.step(MemberJoined(PEERS[0]), 3)
+    assert Serve(PLAN, links(PLAN)[0]) in machine.step(heard(state(PLAN, "serving")), 4)
+
+
 def test_a_plan_without_all_of_its_links_is_not_opened() -> None:
     machine = make(PEERS[4])
     bare = PlanState(PLAN, "serving", links(PLAN)[1:])
