@@ -51,6 +51,7 @@ class _Head:
 
     plan: PlanId
     socket: zmq.asyncio.Socket
+    monitor: zmq.asyncio.Socket
     tasks: tuple[asyncio.Task[None], ...]
 
 
@@ -95,7 +96,7 @@ class Entry:
             asyncio.create_task(self._read(plan, socket), name=f"answers of plan {plan}"),
             asyncio.create_task(self._watch(plan, monitor), name=f"link of plan {plan}"),
         )
-        self._heads[plan] = _Head(plan, socket, tasks)
+        self._heads[plan] = _Head(plan, socket, monitor, tasks)
 
     def serve(self, offer: Offer | None) -> None:
         """New answers, and those that wait, go to this plan's head; None: they wait."""
@@ -120,6 +121,7 @@ class Entry:
             for task in head.tasks:
                 task.cancel()
             head.socket.disable_monitor()
+            head.monitor.close(0)  # nobody else does: a descriptor for every plan there ever was
             head.socket.close(0)
 
     async def answer(
