@@ -15,10 +15,20 @@ from dataclasses import dataclass, field
 
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
 
 from peer.errors import AnswerFailed, NoPlan, ProtocolError, RequestError
 from peer.planning.plan import PlanId
-from peer.protocol import MESSAGE_BYTES_MAX, Sampling, Tokens, Unanswered, decode_answering, encode
+from peer.protocol import (
+    MESSAGE_BYTES_MAX,
+    Cancel,
+    Sampling,
+    Submit,
+    Tokens,
+    Unanswered,
+    decode_answering,
+    encode,
+)
 from peer.ring.generation import (
     Action,
     Arrived,
@@ -91,7 +101,7 @@ class Entry:
         socket = self._context.socket(zmq.DEALER)
         as_client(socket, key.encode(), self._public, self._secret, MESSAGE_BYTES_MAX)
         socket.connect(address)
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         tasks = (
             asyncio.create_task(self._read(plan, socket), name=f"answers of plan {plan}"),
             asyncio.create_task(self._watch(plan, monitor), name=f"link of plan {plan}"),
@@ -189,9 +199,7 @@ class Entry:
                 head = self._heads.get(message.plan)
                 if head is None:
                     return self._take(answer.machine.request, LinkBroke(message.plan))
-                # Never waits: a full queue means that the head is gone or far behind.
-                sent = asyncio.ensure_future(head.socket.send(encode(message), zmq.NOBLOCK))
-                if sent.done() and (error := sent.exception()):
+                if error := _send(head.socket, message):
                     log.warning("sent=no to=head plan=%s because=%s", message.plan, error)
                     self._take(answer.machine.request, LinkBroke(message.plan))
             case Continued(plan, delivered, why):
@@ -212,14 +220,28 @@ class Entry:
                 log.warning("dropped=message from=head plan=%s because=%s", plan, error)
                 continue
             if isinstance(message, Tokens | Unanswered) and message.plan == plan:
-                self._take(message.request.rpartition(".")[0], Arrived(message))
+                self._heard(message, socket)
+
+    def _heard(self, message: Tokens | Unanswered, socket: zmq.asyncio.Socket) -> None:
+        request = message.request.rpartition(".")[0]
+        answer = self._answers.get(request)
+        machine = answer.machine if answer else None
+        reads = machine and (machine.plan, machine.name) == (message.plan, message.request)
+        if not reads and isinstance(message, Tokens) and not message.finish:
+            # What should have told the head that nobody reads it any more was lost.
+            _send(socket, Cancel(message.request, message.plan))
+        self._take(request, Arrived(message))
 
     async def _watch(self, plan: PlanId, monitor: zmq.asyncio.Socket) -> None:
         """The head knows this peer by its connection: after a new one it cannot go on with answers
-        that began on the old one, and it will not say so."""
+        that began on the old one, and it will not say so. Where there was none yet, what was asked
+        still waits here to be sent, and must not be asked twice."""
+        up = False
         while True:
-            await monitor.recv_multipart()
-            self._take_all(LinkBroke(plan))
+            event = parse_monitor_message(await monitor.recv_multipart())["event"]
+            broke, up = up, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if broke and not up:
+                self._take_all(LinkBroke(plan))
 
     async def close(self) -> None:
         """End all answers and links."""
@@ -232,6 +254,12 @@ class Entry:
         tasks = [task for head in heads for task in head.tasks]
         await asyncio.gather(*tasks, return_exceptions=True)
         self._context.destroy(0)
+
+
+def _send(socket: zmq.asyncio.Socket, message: Submit | Cancel) -> BaseException | None:
+    """Why it was not sent. Never waits: a full queue means that the head is gone or far behind."""
+    sent = asyncio.ensure_future(socket.send(encode(message), zmq.NOBLOCK))
+    return sent.exception() if sent.done() else None
 
 
 def _error(given: Fail, begun: bool) -> Exception:
