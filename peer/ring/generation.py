@@ -168,9 +168,8 @@ class Generation:
             case Serves(offer):
                 self._offer = offer
             case Underway(digest):
-                if digest == self.digest and self._waits_since is not None:
-                    most = self._waits_since + self.patience.plan_max_s
-                    self._give_up_at = min(now + self.patience.plan_s, most)
+                if digest == self.digest:
+                    self._may_wait(now)
             case Arrived(message):
                 actions += self._arrived(message, now)
             case PlanLost(plan, why):
@@ -203,6 +202,12 @@ class Generation:
         """No head has it (any more)."""
         self.plan, self._why = None, why
         self._again_at, self._silent_at = now + again_s, math.inf
+
+    def _may_wait(self, now: float) -> None:
+        """There is hope: a little longer, but not for ever."""
+        if self._waits_since is not None:
+            most = self._waits_since + self.patience.plan_max_s
+            self._give_up_at = min(now + self.patience.plan_s, most)
 
     def _leave(self, why: str, now: float, again_s: float = 0.0) -> list[Action]:
         """Take it back from a head that may still be at it."""
@@ -302,6 +307,7 @@ class Generation:
                 return self._fail("busy", message.why)
             case "busy":
                 self._wait(message.why, now, BUSY_AGAIN_S)
+                self._may_wait(now)  # its ring is at work, on answers before this one
                 return []
             case "stale":
                 self._wait(message.why, now, AGAIN_S)

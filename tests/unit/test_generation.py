@@ -254,6 +254,19 @@ def test_a_full_ring_refuses_a_new_answer_and_lets_one_that_goes_on_wait() -> No
     assert submitted(machine.step(Tick(), 3.0 + BUSY_AGAIN_S)).request == "r.3"
 
 
+def test_a_full_ring_is_waited_for_longer_than_none_but_not_for_ever() -> None:
+    """Forty answers go over to a ring of four slots, and each takes a minute there."""
+    machine, now, number = begun(), 0.0, 1
+    machine.step(tokens(3, 7), now)
+    machine.step(LinkBroke(PLAN), now)
+    while not machine.done:
+        now, number = now + BUSY_AGAIN_S, number + 1
+        assert submitted(machine.step(Tick(), now)).request == f"r.{number}"
+        actions = machine.step(unanswered("busy", f"r.{number}"), now)
+    assert PATIENCE.plan_max_s <= now <= PATIENCE.plan_max_s + 2 * BUSY_AGAIN_S
+    assert isinstance(actions[-1], Fail)
+
+
 def test_a_head_of_another_plan_is_asked_again_by_the_next_one_only() -> None:
     machine = begun()
     assert machine.step(unanswered("stale"), 1.0) == []
