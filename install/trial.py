@@ -59,6 +59,7 @@ class Peer:
             "HALKA_INTERFACES": "127.0.0.1",
             "HALKA_HTTP": "127.0.0.1:0",
             "HALKA_SPREAD": "all",
+            "HALKA_SPARE": "off",  # it ends after an answer, and shows who holds which layers
             "HALKA_THREADS": "1",
         }
         self.process: subprocess.Popen[bytes] | None = None
