@@ -30,10 +30,8 @@ from peer.planning.duty_events import Tell as Tell
 from peer.planning.duty_events import Tick as Tick
 from peer.planning.duty_events import Told as Told
 from peer.planning.duty_events import Underway as Underway
-from peer.planning.plan import PlanId, PlanState, StagePhase, check
+from peer.planning.plan import STAGES_MAX, PlanId, PlanState, StagePhase, check
 from peer.protocol import Plans, Report, StageNews
-
-STAGES_MAX = 4  # at once on a peer: one that serves, one that is to come, two that drain
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from peer.planning.profile import (
 
 WINDOWS_MAX = 512
 TERM_MAX = 1 << 40
+STAGES_MAX = 4  # at once on a peer: one that serves, one that is to come, two that drain
 
 
 class PlanId(Value, frozen=True, order=True):

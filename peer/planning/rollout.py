@@ -19,7 +19,7 @@ from peer.planning.failures import ILL_S, NONSENSE, RETRY_S, Failures
 from peer.planning.making import Answer, Question, measured
 from peer.planning.making import Members as Members
 from peer.planning.patience import Patience
-from peer.planning.plan import Plan, PlanId, PlanState, check
+from peer.planning.plan import STAGES_MAX, Plan, PlanId, PlanState, check
 from peer.planning.profile import PEERS_MAX, ModelShape
 from peer.planning.rollout_events import Action as Action
 from peer.planning.rollout_events import Deposed as Deposed
@@ -36,7 +36,7 @@ from peer.planning.situation import news, ranked, situation
 from peer.planning.steadiness import Steadiness
 from peer.protocol import PeerReport, Plans, Report
 
-_DRAINING_MAX = 4  # plans that wait for their last answers; a Plans message holds 8 states
+_DRAINING_MAX = STAGES_MAX - 2  # plans that wait for their last answers, beside two others
 _NEVER = math.inf
 _HASTE_S = 0.05  # instead of settling, where answers wait: for a loss of several peers at once
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from peer.planning.plan import TERM_MAX, PlanId, PlanState, PlanWindow
+from peer.planning.plan import STAGES_MAX, TERM_MAX, PlanId, PlanState, PlanWindow
 from peer.planning.profile import EngineProfile, ModelOffer
 from peer.planning.rollout import Elected
 from peer.protocol import decode_control, encode
@@ -216,6 +216,22 @@ def test_an_adopted_plan_whose_shape_is_a_lie_is_replaced() -> None:
     assert [s.plan.shape for s in world.plans.states if s.phase == "serving"] == [shape()]
 
 
+def test_no_more_plans_drain_than_a_peer_has_stages_for() -> None:
+    """A stage that may not start beside earlier ones would be held against its peer."""
+    world = World(A, B)
+    world.serve()
+    for pulled in range(1, 7):
+        world.active = {state.plan.id: 1 for state in world.plans.states}  # long answers
+        model = shape(f"model-{pulled}", str(pulled))
+        world.offers = {A: [*world.offers[A], offer(model, 1.0 + pulled)]}
+        world.members()
+        world.wait(2 * TIMING.settle_s)
+        loading = [s for s in world.plans.states if s.phase == "loading"]
+        assert [state.plan.shape for state in loading] == [model]
+        assert len(world.plans.states) <= STAGES_MAX
+        world.obey()
+
+
 def test_of_many_plans_that_drain_no_more_are_adopted_than_a_message_holds() -> None:
     known = World(A, B).serve()
     states = tuple(
@@ -226,5 +242,5 @@ def test_of_many_plans_that_drain_no_more_are_adopted_than_a_message_holds() -> 
     world.do(Elected(7, states))
     world.wait(TIMING.settle_s)
     assert "7.1" in world.phases
-    assert len(world.phases) == 5
+    assert len(world.phases) == STAGES_MAX - 1
     assert decode_control(encode(world.plans)) == world.plans
