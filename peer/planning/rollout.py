@@ -65,7 +65,6 @@ class Rollout:
         numbers = [s.plan.id.number for s in known if s.plan.id.term == term]
         self._number = max((n for n in numbers if n <= NUMBER_MAX), default=0)
         self._running: dict[PlanId, Running] = {}
-        self._adopted: PlanId | None = None
         self._decided = False  # nothing is published before the first decision of a term
         # What served in this term, or before, until its ring broke; of it, what can be kept is.
         served = [s.plan for s in known if s.phase == "serving" and not check(s.plan)]
@@ -163,7 +162,7 @@ class Rollout:
             running = self._running[plan_id] = Running(state, now)
             if state.phase == "serving":
                 self._retire(now, running)
-                self._adopted, self._decided = plan_id, True
+                self._decided, self._before = True, None  # nothing of it was lost
                 notes = [Note(f"plan {plan_id} goes on under this coordinator")]
         self._retire(now, None)
         return notes

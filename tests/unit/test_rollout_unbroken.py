@@ -201,3 +201,13 @@ def test_a_new_coordinator_that_lost_the_old_one_from_the_ring_plans_at_once() -
     fresh.wait(SOON_S)
     assert fresh.questions[-1].before == plan
     assert [set(ring) for ring in rings(fresh, "loading")] == [{A, B}]
+
+
+def test_a_new_coordinator_that_goes_on_with_a_plan_keeps_nothing_of_it_for_later() -> None:
+    """Else a plan that is better would hardly ever seem so: what is here already would count."""
+    known = World(A, B, C).serve()
+    fresh = Asked(A, B, C)
+    fresh.do(Elected(7, (known,)))
+    fresh.wait(2 * TIMING.settle_s)
+    assert rings(fresh, "serving") == [known.plan.ring]
+    assert fresh.questions[-1].before is None
