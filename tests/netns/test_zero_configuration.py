@@ -52,8 +52,8 @@ class Grown:
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grown]:
     with world(tmp_path_factory.mktemp("world")) as made:
         machines = [made.machine(name) for name in NAMES]
-        for machine in machines:
-            machine.start(spread="all")
+        for machine in machines:  # no spare parts: what is fetched is a plan's
+            machine.start(spread="all", spare="off")
         made.until(
             lambda: all(members(m.status() or {"peers": ()}) == sorted(NAMES) for m in machines),
             30, "all three know each other",
