@@ -78,6 +78,11 @@ class Home(Misfortune):
         self.faults = Faults.draw(rng)
         at_once = min(slots, self.planner.kv_cells // 70 or 1)  # fewer where they are long in line
         self.answers_max = min(rng.choice((1, 2, 4, 8, 20)), 3 * at_once)
+        # As many tokens as a healthy ring of all makes in half of what there is time for.
+        hop_s = self.delay_max_s / 2 + 0.4 * self.spike + 0.04
+        token_s = hop_s * len(self.machines) * self.planner.rounds
+        most = BOUND_S / 2 * min(at_once, self.answers_max) / self.answers_max / token_s
+        self.tokens_most = max(4, min(40, int(most)))
 
     # The story ------------------------------------------------------------------------------------
 
@@ -281,7 +286,8 @@ class Home(Misfortune):
             repeat_last_n=rng.choice((-1, 4, 64)),
             seed=rng.randrange(1 << 32),
         )
-        tokens_max = rng.randint(1, 3) if short else rng.choice((1, 4, 12, 24, 40, 40))
+        wanted = rng.randint(1, 3) if short else rng.choice((1, 4, 12, 24, 40, 40))
+        tokens_max = min(wanted, self.tokens_most)
         truth = Truth(self.seed, prompt, sampling)
         name = f"answer-{self.asked}@{machine.short}"
         answer = Answer(name, machine.agent, prompt, sampling, tokens_max, truth, self.now)

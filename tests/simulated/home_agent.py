@@ -26,7 +26,7 @@ from peer.ring.lease import Hung, Lease, Look, Ping, Pong
 from tests.simulated.home_fetching import Fetching
 from tests.simulated.home_membership import Members
 from tests.simulated.home_stage import PIPE_S, STEP_S, Stage
-from tests.simulated.home_wires import Dialled, Machine, Wire
+from tests.simulated.home_wires import Machine, Wire
 
 
 class Agent(Members, Fetching):
@@ -39,7 +39,6 @@ class Agent(Members, Fetching):
 
     def __init__(self, home: Any, machine: Machine, profile: Profile) -> None:
         super().__init__(home, machine)
-        self.links: dict[Wire, Dialled] = {}
         self.profiles: dict[str, Profile] = {self.me: profile}
         self.offers: dict[str, tuple[ModelOffer, ...]] = {self.me: ()}
         self.heard: Plans | None = None

@@ -79,7 +79,6 @@ class Stage(Process):
         self.windows = Windows(self.home.seed, split.windows, self.mine)
         self.admitted = set(admitted)
         self.port = self.home.listen(self)
-        self.links: dict[Wire, Dialled] = {}
         self.push: Dialled | None = None
         self.give_up_at = math.inf
         self.ill_until = -math.inf  # its numbers are not finite

@@ -55,6 +55,7 @@ class Process(ABC):
     stopped: bool = False  # it does not run, and what comes waits
     backlog: deque[tuple[Any, ...]] = field(default_factory=deque)
     wires: dict[Wire, None] = field(default_factory=dict)
+    links: dict[Wire, Dialled] = field(default_factory=dict)  # those that it dialled as a client
 
     @abstractmethod
     def hear(self, wire: Wire, body: Any) -> None:
