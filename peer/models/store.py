@@ -100,7 +100,7 @@ class Store:
         """The part is here and may be used."""
         try:
             return self._is_present(digest, self.manifest(digest).part(checked_part(part)))
-        except PartError:
+        except ModelError:  # which says that its manifest cannot be read, where it is needed
             return False
 
     def missing(self, digest: str, parts: Iterable[str]) -> tuple[str, ...]:

@@ -158,6 +158,13 @@ def test_a_folder_that_is_damaged_hides_no_other_model(
     assert "damaged" in caplog.text
 
 
+def test_a_folder_without_its_manifest_has_no_parts(store: Store, manifest: Manifest) -> None:
+    (store.folder(manifest.digest) / "manifest.json").unlink()
+    fresh = Store(store.root.parent)
+    assert not fresh.has(manifest.digest, "head")
+    assert fresh.missing(manifest.digest, ["head"]) == ("head",)
+
+
 def test_a_state_folder_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
     blocked = tmp_path / "home"
     blocked.write_text("a file")
