@@ -99,6 +99,7 @@ class Supervisor:
             env=children.environment(),
         )
         log.info("stage=started plan=%s pid=%d", plan, process.pid)
+        self.stop(plan)  # one that was begun while this one waited to begin
         on_gpu = _on_gpu(state.plan, peer_id)
         stage = _Stage(state.plan, process, Vitals(process.pid), step_s, on_gpu)
         self._stages[plan] = stage

@@ -9,13 +9,16 @@ import time
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from peer.models.imports import import_gguf
 from peer.models.store import Store
 from peer.planning.plan import PlanState
 from peer.protocol import Message, Sampling, StageAdmit, StageOrder, StageStop
+from peer.ring.supervisor import Supervisor
 from tests import fake_models
+from tests.conftest import Until
 from tests.e2e.rings import Ring, plan_of
 
 
@@ -68,3 +71,30 @@ async def test_a_peer_that_is_admitted_at_once_may_submit(order: StageOrder) -> 
     finally:
         await ring.close()
     assert time.monotonic() - began < 20
+
+
+async def test_a_plan_that_is_begun_twice_has_one_stage(order: StageOrder, until: Until) -> None:
+    """A plan that was over for a moment may be begun again while its stage waited to begin."""
+    exits: list[str] = []
+    supervisor = Supervisor(lambda plan, news: None, lambda plan, why: exits.append(why))
+
+    async def start() -> None:
+        await supervisor.start(
+            order.plan, order.peer_id, Path(order.folder),
+            threads=1, step_s=20.0, bind="127.0.0.1", admitted=(),
+        )  # fmt: skip
+
+    def running() -> set[int]:
+        ended = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        found = psutil.Process().children()
+        return {child.pid for child in found if child.status() not in ended} - before
+
+    before = {child.pid for child in psutil.Process().children()}
+    try:
+        await asyncio.gather(start(), start())
+        await until(lambda: len(running()) <= 1, 20, "one of them ended")
+        assert running() == set(supervisor.pids().values())
+    finally:
+        await supervisor.close()
+    assert running() == set()
+    assert not exits
