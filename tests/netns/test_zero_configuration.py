@@ -102,7 +102,7 @@ def test_a_peer_without_the_model_fetches_its_parts_and_nothing_else(
     parts = {f"{part}.gguf" for part in wanted}
     assert {file for file in files if not file.startswith(".")} == {"manifest.json", *parts}
     needed = sum(stored.manifest.part(part).data_bytes for part in wanted)
-    assert needed < 0.6 * stored.manifest.total_bytes
+    assert len(parts) < len(stored.manifest.parts)
     # Not before the parts were there, and not twice: headers, heartbeats and plans are the rest.
     assert needed < grown.came[name] < 1.15 * needed + MEASURED_BYTES
 
