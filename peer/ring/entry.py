@@ -100,8 +100,9 @@ class Entry:
             return
         socket = self._context.socket(zmq.DEALER)
         as_client(socket, key.encode(), self._public, self._secret, MESSAGE_BYTES_MAX)
-        socket.connect(address)
+        # Before it connects: that the link came up must not be missed.
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        socket.connect(address)
         tasks = (
             asyncio.create_task(self._read(plan, socket), name=f"answers of plan {plan}"),
             asyncio.create_task(self._watch(plan, monitor), name=f"link of plan {plan}"),
