@@ -48,6 +48,12 @@ class Grown:
     came: dict[str, int]
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> None:
+    """The agents outlive a test and measure when they find the time; that they leave nothing is seen
+    at the end of their world."""
+
+
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grown]:
     with world(tmp_path_factory.mktemp("world")) as made:
