@@ -50,8 +50,8 @@ class Grown:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> None:
-    """The agents outlive a test and measure when they find the time; that they leave nothing is seen
-    at the end of their world."""
+    """The agents outlive a test and measure when they find the time; that they leave nothing is
+    seen at the end of their world."""
 
 
 @pytest.fixture(scope="module")
