@@ -139,6 +139,7 @@ class Rollout:
                 self._failures.forget(peer_id)
         if lost := before.present - members.present:
             self._failures.forgive(lost, now)
+            self._steadiness.proven(lost)
         if any(running.serves for running in self._running.values()):  # else it disturbs nobody
             self._steadiness.lost(lost - before.leaving, now)
         self._steadiness.back(members.present - before.present, now)
@@ -146,8 +147,7 @@ class Rollout:
             self._haste = True
         notes = []
         for running in list(self._running.values()):
-            gone = [p for p in running.plan.ring if p not in members.present]
-            if gone:
+            if gone := [p for p in running.plan.ring if p not in members.present]:
                 notes.append(self._drop(running, f"{self._name(gone[0], before)} was lost"))
         self._hurry()
         return notes if self._decided or self._term is None else notes + self._adopt(now)
@@ -310,9 +310,10 @@ class Rollout:
         if running is None or peer_id not in running.plan.ring:
             return []
         running.take(peer_id, report, now)
-        if report.blamed in running.plan.ring:
+        if peer_id == running.plan.head and report.blamed in running.plan.ring:
             return [self._fail(running, report.blamed, NONSENSE, now)]
         if report.phase == "failed" and report.lost in running.plan.ring:
+            self._steadiness.cried(peer_id, report.lost, now)
             lost = self._name(report.lost)
             return [self._drop(running, f"{self._name(peer_id)} does not reach {lost} any more")]
         if fault := running.fault(peer_id, report):
@@ -357,9 +358,9 @@ class Rollout:
 
     def _drop(self, running: Running, why: str, keep_cause: bool = False) -> Note:
         del self._running[running.plan.id]
-        if running.serves:
-            self._haste, self._before = True, running.plan
+        self._before = running.plan if running.serves else self._before
         if not keep_cause and running.state.phase != "draining":
+            self._haste |= self._before is not None  # answers wait
             self._cause = why
             self._seen = self._planned = None  # think again, though all may soon be as it was
         return Note(f"plan {running.plan.id} ({running.state.phase}) is over: {why}")

@@ -3,6 +3,10 @@
 A plan costs its answers a pause, so a link that breaks every few seconds must not make one each
 time. A peer that was lost and is back takes part again once it has held for a while, the longer the
 oftener it was lost. One that said that it goes is not held to it.
+
+The same for a peer that ends plans by its word alone: it says that it does not reach another one
+of its ring, and that one is here. Once is bad luck; more often, be it a bad link or a lie, plans do
+without the one that says so for a while.
 """
 
 from __future__ import annotations
@@ -27,6 +31,12 @@ class Steadiness:
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
+        self._cries: dict[str, list[tuple[str, float]]] = {}  # who was not reached, and when
+
+    def cried(self, peer_id: str, lost: str, now: float) -> None:
+        """A peer said that it does not reach another one of its ring, which ended a plan."""
+        fresh = [cry for cry in self._cries.get(peer_id, ()) if now - cry[1] < FORGET_S]
+        self._cries[peer_id] = [*fresh, (lost, now)][-len(STEADY_S) - 1 :]
 
     def lost(self, peers: Iterable[str], now: float) -> None:
         """These were lost, and had not said that they go."""
@@ -34,6 +44,14 @@ class Steadiness:
         for peer_id in peers:
             known = self._known.get(peer_id)
             self._known[peer_id] = _Known(known.losses + 1 if known else 1, now)
+
+    def proven(self, lost: Iterable[str]) -> None:
+        """These are really gone: whoever said so was right."""
+        gone = frozenset(lost)
+        for peer_id, cries in list(self._cries.items()):
+            self._cries[peer_id] = [cry for cry in cries if cry[0] not in gone]
+            if peer_id in gone or not self._cries[peer_id]:
+                del self._cries[peer_id]
 
     def back(self, peers: Iterable[str], now: float) -> None:
         """These are here (again)."""
@@ -52,13 +70,26 @@ class Steadiness:
                     f"it was lost {times} and has just come back; it takes part again when it has "
                     f"stayed for {wait_s:.0f} s"
                 )
+        for peer_id, cries in sorted(self._cries.items()):
+            if now < self._quiet_until(cries):
+                found[peer_id] = (
+                    f"it said {len(cries)} times that it does not reach a peer that is here; it "
+                    f"takes part again {self._quiet_until(cries) - cries[-1][1]:.0f} s after that"
+                )
         return found
 
     def deadline(self, now: float) -> float:
         """When `shaky` changes by itself, inf: not."""
-        ends = (self._until(known) for known in self._known.values() if known.back <= now)
+        ends = [self._until(known) for known in self._known.values() if known.back <= now]
+        ends += [self._quiet_until(cries) for cries in self._cries.values()]
         return min((end for end in ends if end > now), default=math.inf)
 
     @staticmethod
     def _until(known: _Known) -> float:
         return known.back + STEADY_S[min(known.losses, len(STEADY_S)) - 1]
+
+    @staticmethod
+    def _quiet_until(cries: list[tuple[str, float]]) -> float:
+        """When what a peer said is forgiven; the first time always is."""
+        again = len(cries) - 1
+        return cries[-1][1] + STEADY_S[min(again, len(STEADY_S)) - 1] if again else -math.inf

@@ -10,7 +10,7 @@ from peer.planning.rollout import Elected, Event, Note, Publish, Reported, Solve
 from peer.planning.running import HURRY_S
 from peer.planning.steadiness import STEADY_S
 from peer.protocol import Report
-from tests.coordinator import TIMING, A, B, C, World, profile
+from tests.coordinator import TIMING, A, B, C, D, World, profile
 
 SOON_S = 0.1  # well below settle_s
 
@@ -49,6 +49,17 @@ def test_a_ring_that_lost_a_peer_is_planned_anew_without_settling() -> None:
     world.members()
     world.wait(10 * TIMING.settle_s)
     assert world.questions[-1].before is None  # it serves again: nothing is to be kept of the lost
+
+
+def test_where_answers_wait_a_second_loss_is_not_settled_either() -> None:
+    world = Asked(A, B, C, D)
+    world.serve()
+    world.lose(D)
+    world.wait(SOON_S)
+    assert rings(world, "loading")
+    world.lose(C)
+    world.wait(SOON_S)
+    assert [set(ring) for ring in rings(world, "loading")] == [{A, B}]
 
 
 def test_a_loss_outside_of_the_ring_is_settled_first() -> None:
@@ -177,19 +188,69 @@ def test_who_does_not_reach_another_is_not_blamed_for_it() -> None:
     assert [set(ring) for ring in rings(world, "loading")] == [{A, B, C}]
 
 
+def test_who_says_again_and_again_that_others_are_lost_is_done_without_for_a_while() -> None:
+    world = World(A, B, C)
+    state = world.serve()
+    for lost in (C, A):  # they are here all the time
+        failed(world, B, state, why="it was lost", lost=lost)
+        world.wait(SOON_S)
+        (state,) = world.rollout.states
+        world.obey()
+    assert set(state.plan.ring) == {A, C}
+    (why,) = [left.why for left in state.plan.split.left_out if left.peer_id == B]
+    assert "2 times" in why
+    world.wait(STEADY_S[0] + TIMING.settle_s)
+    world.obey()
+    assert {A, B, C} in map(set, rings(world, "serving"))  # it may try again
+    spoilt = 0
+    until = world.now + 120
+    while world.now < until:
+        for state in world.rollout.states:
+            if B in state.plan.ring and state.phase != "draining":
+                failed(world, B, state, why="it was lost", lost=C)
+                spoilt += 1
+        world.wait(0.5)
+        world.obey(B)
+    assert 1 <= spoilt <= 3
+
+
+def test_who_said_rightly_that_others_were_lost_takes_part_on() -> None:
+    world = World(A, B, C, D)
+    state = world.serve()
+    for lost in (D, C):
+        failed(world, B, state, why="it was lost", lost=lost)
+        world.wait(SOON_S)
+        world.lose(lost)
+        world.wait(SOON_S)
+        world.obey()
+        state = world.rollout.states[-1]
+    assert [set(ring) for ring in rings(world, "serving")] == [{A, B}]
+
+
+def test_only_the_head_can_say_whose_numbers_are_not_finite() -> None:
+    world = World(A, B, C)
+    before = world.serve()
+    for peer in before.plan.ring[1:]:
+        world.report(peer, before, "linked", blamed=C)
+    world.wait(TIMING.settle_s)
+    assert [set(ring) for ring in rings(world, "serving")] == [{A, B, C}]
+
+
 def test_whose_numbers_are_not_finite_is_planned_without_and_not_who_says_so() -> None:
     world = World(A, B, C)
     before = world.serve()
-    world.report(A, before, "linked", blamed=C)
-    assert any("machine-c" in note and "not finite" in note for note in world.notes)
+    head = before.plan.head
+    bad = next(peer for peer in (C, B) if peer != head)
+    world.report(head, before, "linked", blamed=bad)
+    assert any(f"machine-{bad[0]}" in note and "not finite" in note for note in world.notes)
     for _ in range(2):  # again, each time that it is tried
-        while not (loading := [s for s in world.rollout.states if C in s.plan.ring]):
+        while not (loading := [s for s in world.rollout.states if bad in s.plan.ring]):
             world.wait(0.05)
-            world.obey(C)
-        world.report(A, loading[0], "linked", blamed=C)
+            world.obey(bad)
+        world.report(loading[0].plan.head, loading[0], "linked", blamed=bad)
     world.wait(TIMING.settle_s)
     world.obey()
-    assert [set(ring) for ring in rings(world, "serving")] == [{A, B}]
+    assert [set(ring) for ring in rings(world, "serving")] == [{A, B, C} - {bad}]
 
 
 def test_a_new_coordinator_that_lost_the_old_one_from_the_ring_plans_at_once() -> None:

@@ -36,3 +36,23 @@ def test_what_is_long_ago_is_forgotten() -> None:
     steadiness.lost(["a"], later)
     steadiness.back(["a"], later)
     assert steadiness.deadline(later) == later + STEADY_S[0]
+
+
+def test_who_says_that_others_are_lost_is_believed_once_or_where_they_are_lost() -> None:
+    steadiness, now = Steadiness(), 0.0
+    for lost in ("b", "c"):
+        steadiness.cried("a", lost, now)
+        assert steadiness.shaky(now) == {}
+        steadiness.proven([lost])
+    steadiness.cried("a", "b", now)
+    for again, steady_s in enumerate((*STEADY_S, STEADY_S[-1]), start=2):
+        steadiness.cried("a", "b", now)
+        assert f"{min(again, len(STEADY_S) + 1)} times" in steadiness.shaky(now)["a"]
+        assert steadiness.deadline(now) == now + steady_s
+        assert steadiness.shaky(now + steady_s) == {}
+        now += steady_s
+    steadiness.cried("a", "b", now + FORGET_S)
+    assert steadiness.shaky(now + FORGET_S) == {}
+    steadiness.cried("a", "b", now + FORGET_S)
+    steadiness.proven(["a"])  # it is gone itself
+    assert steadiness.shaky(now + FORGET_S) == {}
