@@ -29,7 +29,7 @@ from peer.planning.making import Members, Question
 from peer.planning.outlook import Standing, outlook
 from peer.planning.plan import PlanState
 from peer.planning.profile import ModelOffer, ModelShape, Profile
-from peer.planning.spares import held_besides_bytes, total_bytes
+from peer.planning.spares import held_besides_bytes, part_sizes, total_bytes
 from peer.protocol import Outlook
 
 log = logging.getLogger("halka.sparing")
@@ -207,15 +207,20 @@ class Sparing:
 
     async def _missing(self, told: Outlook | None) -> list[tuple[str, str]]:
         """(digest, part) of what this peer is to hold and does not. A coordinator that asks for
-        more than was offered gets nothing: it will hear of what is offered now."""
+        more than was offered gets nothing: it will hear of what is offered now. Nor does one that
+        asks for parts that the model has not."""
         found: list[tuple[str, str]] = []
+        left = self._host.profile().spare_bytes
         for spare in told.spares if told else ():
             shape = self._shape(spare.digest)
             if spare.peer_id != self._host.me or shape is None:
                 continue
-            if total_bytes(shape, spare.parts) > self._host.profile().spare_bytes:
+            sizes = part_sizes(shape)
+            wanted = [part for part in dict.fromkeys(spare.parts) if part in sizes]
+            if (size := total_bytes(shape, wanted)) > left:
                 continue
-            lacks = await asyncio.to_thread(self._store.missing, spare.digest, spare.parts)
+            left -= size
+            lacks = await asyncio.to_thread(self._store.missing, spare.digest, wanted)
             found += [(spare.digest, part) for part in lacks]
         return found
 

@@ -261,6 +261,27 @@ async def test_a_coordinator_that_asks_for_more_than_was_offered_gets_nothing(
 
 
 @pytest.mark.blocks("a test's model is written before anything runs")
+async def test_a_coordinator_that_asks_again_and_again_or_for_what_is_none_fills_no_disk(
+    tmp_path: Path, until: Until, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as peer:
+        await until(peer.changed.is_set, 10, "its disk's room is told")
+        peer.state = None
+        peer.mine = replace(peer.mine, spare_bytes=part_sizes(peer.shape)["layer-000"])
+        none = tuple(f"layer-{i:04d}" for i in range(1000, 4000))
+        spares = [Spare(B, peer.manifest.digest, (f"layer-{i:03d}",)) for i in range(LAYERS)]
+        peer.sparing.heard(Outlook(3, (), (Spare(B, peer.manifest.digest, none), *spares)))
+        await until(lambda: peer.here() == {"layer-000"}, 20, "what was offered, once")
+        await peer.looked(until, "profile")
+        assert {part for part, _ in peer.asked} == {"layer-000"}
+        assert peer.here() == {"layer-000"}
+        assert "spares=missing" not in caplog.text
+        peer.asks_for("layer-000", "layer-000", "layer-000")  # told thrice, it is one part
+        await peer.looked(until, "profile")
+        assert peer.here() == {"layer-000"}
+
+
+@pytest.mark.blocks("a test's model is written before anything runs")
 async def test_a_disk_without_room_is_left_alone_and_the_reason_told(
     tmp_path: Path, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
