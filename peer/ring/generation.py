@@ -295,10 +295,15 @@ class Generation:
             return self._strike(why, now)
         if not message.ids and not message.finish:
             return [Give((), "")]  # a sign of life
-        self.delivered += message.ids
+        ids = message.ids[: self.tokens_max - len(self.delivered)]
+        self.delivered += ids
         self._strikes = 0
+        if not message.finish and len(self.delivered) >= self.tokens_max:
+            # The head should have said so. Nothing is left to ask another one for.
+            self.done = True
+            return [*self._cancel(), Give(ids, "length")]
         self.done = message.finish != ""
-        return [Give(message.ids, message.finish)]
+        return [Give(ids, message.finish)]
 
     def _unanswered(self, message: Unanswered, now: float) -> list[Action]:
         fresh = self._submissions == 1 and not self.delivered

@@ -81,6 +81,16 @@ def test_tokens_are_given_once_and_in_order() -> None:
     assert machine.step(tokens(5, 9), 1.0) == []
 
 
+def test_a_head_gives_no_more_than_was_asked_for() -> None:
+    machine = begun()
+    machine.step(Arrived(Tokens("r.1", PLAN, 3, tuple(range(8)))), 1.0)
+    actions = machine.step(Arrived(Tokens("r.1", PLAN, 11, (8, 9, 10, 11))), 2.0)
+    assert [a for a in actions if isinstance(a, Give)] == [Give((8, 9), "length")]
+    assert Send(Cancel("r.1", PLAN)) in actions  # it would go on for ever
+    assert machine.done
+    assert machine.deadline is None
+
+
 def test_a_lost_plan_makes_it_wait_and_the_next_one_goes_on_from_the_ids() -> None:
     machine = begun()
     machine.step(tokens(3, 7, 8), 1.0)
