@@ -75,6 +75,7 @@ class Supervisor:
         self._bounds = bounds or Bounds()
         self._stages: dict[PlanId, _Stage] = {}
         self._ending: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def start(
         self,
@@ -114,6 +115,9 @@ class Supervisor:
                 state, peer_id, str(folder), threads, step_s=step_s, bind=bind, admitted=admitted
             ),
         )
+        if self._closed:  # while its process began
+            self.stop(plan)
+            await self.cleared()
 
     def send(self, plan: PlanId, message: StageOrder | StageConnect | StageAdmit) -> None:
         """Give the plan's stage an order; nothing happens where it has none."""
@@ -155,7 +159,8 @@ class Supervisor:
             await asyncio.wait(self._ending)
 
     async def close(self) -> None:
-        """End every stage."""
+        """End every stage, also those that are still to begin."""
+        self._closed = True
         for plan in list(self._stages):
             self.stop(plan)
         await asyncio.gather(*self._ending)

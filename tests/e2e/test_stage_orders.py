@@ -73,28 +73,44 @@ async def test_a_peer_that_is_admitted_at_once_may_submit(order: StageOrder) -> 
     assert time.monotonic() - began < 20
 
 
-async def test_a_plan_that_is_begun_twice_has_one_stage(order: StageOrder, until: Until) -> None:
-    """A plan that was over for a moment may be begun again while its stage waited to begin."""
-    exits: list[str] = []
-    supervisor = Supervisor(lambda plan, news: None, lambda plan, why: exits.append(why))
+class Begun:
+    """The supervisor of one peer, and which processes there are because of it."""
 
-    async def start() -> None:
-        await supervisor.start(
-            order.plan, order.peer_id, Path(order.folder),
+    def __init__(self, order: StageOrder) -> None:
+        self.order = order
+        self.exits: list[str] = []
+        self.supervisor = Supervisor(lambda plan, news: None, lambda _, why: self.exits.append(why))
+        self.before = {child.pid for child in psutil.Process().children()}
+
+    async def start(self) -> None:
+        await self.supervisor.start(
+            self.order.plan, self.order.peer_id, Path(self.order.folder),
             threads=1, step_s=20.0, bind="127.0.0.1", admitted=(),
         )  # fmt: skip
 
-    def running() -> set[int]:
+    @property
+    def running(self) -> set[int]:
         ended = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
         found = psutil.Process().children()
-        return {child.pid for child in found if child.status() not in ended} - before
+        return {child.pid for child in found if child.status() not in ended} - self.before
 
-    before = {child.pid for child in psutil.Process().children()}
+
+async def test_a_plan_that_is_begun_twice_has_one_stage(order: StageOrder, until: Until) -> None:
+    """A plan that was over for a moment may be begun again while its stage waited to begin."""
+    begun = Begun(order)
     try:
-        await asyncio.gather(start(), start())
-        await until(lambda: len(running()) <= 1, 20, "one of them ended")
-        assert running() == set(supervisor.pids().values())
+        await asyncio.gather(begun.start(), begun.start())
+        await until(lambda: len(begun.running) <= 1, 20, "one of them ended")
+        assert begun.running == set(begun.supervisor.pids().values())
     finally:
-        await supervisor.close()
-    assert running() == set()
-    assert not exits
+        await begun.supervisor.close()
+    assert begun.running == set()
+    assert not begun.exits
+
+
+async def test_a_stage_that_begins_while_the_agent_ends_ends_with_it(order: StageOrder) -> None:
+    begun = Begun(order)
+    await begun.supervisor.close()
+    await asyncio.wait_for(begun.start(), 20)
+    assert begun.running == set()
+    assert not begun.exits
