@@ -139,8 +139,8 @@ class Rollout:
                 self._failures.forget(peer_id)
         if lost := before.present - members.present:
             self._failures.forgive(lost, now)
-            self._steadiness.proven(lost)
-        if any(running.serves for running in self._running.values()):  # else it disturbs nobody
+        self._steadiness.told(before, members, now)
+        if self._before or any(r.serves for r in self._running.values()):  # else none is disturbed
             self._steadiness.lost(lost - before.leaving, now)
         self._steadiness.back(members.present - before.present, now)
         if members.leaving - before.leaving:

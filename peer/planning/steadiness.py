@@ -4,9 +4,9 @@ A plan costs its answers a pause, so a link that breaks every few seconds must n
 time. A peer that was lost and is back takes part again once it has held for a while, the longer the
 oftener it was lost. One that said that it goes is not held to it.
 
-The same for a peer that ends plans by its word alone: it says that it does not reach another one
-of its ring, and that one is here. Once is bad luck; more often, be it a bad link or a lie, plans do
-without the one that says so for a while.
+The same for a peer that ends plans by its word alone: it says that it does not reach another one,
+and that one is here; or that it goes away, and stays. Once is bad luck; more often, be it a bad
+link or a lie, plans do without the one that says so for a while.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from peer.planning.making import Members
 
 STEADY_S = (5.0, 30.0, 120.0)  # without a loss, after the first, second, third and later ones
 FORGET_S = 600.0  # a loss
@@ -32,9 +34,30 @@ class Steadiness:
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
         self._cries: dict[str, list[tuple[str, float]]] = {}  # who was not reached, and when
+        self._told: set[tuple[str, str]] = set()  # the same, of which a report is no news
 
     def cried(self, peer_id: str, lost: str, now: float) -> None:
-        """A peer said that it does not reach another one of its ring, which ended a plan."""
+        """A peer reports that it does not reach another one of its ring, which ends a plan."""
+        if (peer_id, lost) in self._told:
+            self._told.remove((peer_id, lost))
+        else:
+            self._note(peer_id, lost, now)
+
+    def told(self, before: Members, after: Members, now: float) -> None:
+        """What peers tell of themselves has changed. Who is really gone proves the others right."""
+        self._proven(before.present - after.present)
+        for peer_id in (before.leaving & after.present) - after.leaving:
+            self._note(peer_id, peer_id, now)
+        for profile in after.here:
+            old = before.profiles.get(profile.peer_id)
+            if old is None or old.unreachable == profile.unreachable:
+                continue
+            fresh = after.present.intersection(profile.unreachable).difference(old.unreachable)
+            for lost in sorted(fresh):
+                self._note(profile.peer_id, lost, now)
+                self._told.add((profile.peer_id, lost))
+
+    def _note(self, peer_id: str, lost: str, now: float) -> None:
         fresh = [cry for cry in self._cries.get(peer_id, ()) if now - cry[1] < FORGET_S]
         self._cries[peer_id] = [*fresh, (lost, now)][-len(STEADY_S) - 1 :]
 
@@ -45,9 +68,8 @@ class Steadiness:
             known = self._known.get(peer_id)
             self._known[peer_id] = _Known(known.losses + 1 if known else 1, now)
 
-    def proven(self, lost: Iterable[str]) -> None:
-        """These are really gone: whoever said so was right."""
-        gone = frozenset(lost)
+    def _proven(self, gone: frozenset[str]) -> None:
+        self._told = {told for told in self._told if gone.isdisjoint(told)}
         for peer_id, cries in list(self._cries.items()):
             self._cries[peer_id] = [cry for cry in cries if cry[0] not in gone]
             if peer_id in gone or not self._cries[peer_id]:
@@ -73,8 +95,9 @@ class Steadiness:
         for peer_id, cries in sorted(self._cries.items()):
             if now < self._quiet_until(cries):
                 found[peer_id] = (
-                    f"it said {len(cries)} times that it does not reach a peer that is here; it "
-                    f"takes part again {self._quiet_until(cries) - cries[-1][1]:.0f} s after that"
+                    f"{len(cries)} times it said that it goes away, and stayed, or that it does "
+                    "not reach a peer that is here; it takes part again "
+                    f"{self._quiet_until(cries) - cries[-1][1]:.0f} s after the last time"
                 )
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from msgspec.structs import replace
 
 from peer.planning.making import Question, answer
@@ -60,6 +61,36 @@ def test_where_answers_wait_a_second_loss_is_not_settled_either() -> None:
     world.lose(C)
     world.wait(SOON_S)
     assert [set(ring) for ring in rings(world, "loading")] == [{A, B}]
+
+
+def test_a_loss_that_another_peer_told_first_is_held_against_the_lost_one_too() -> None:
+    world = World(A, B, C)
+    failed(world, B, world.serve(), why="peer c was lost", lost=C)
+    world.lose(C)
+    world.wait(SOON_S)
+    world.obey()
+    world.join(C)
+    world.wait(STEADY_S[0] - 0.5)
+    world.obey()
+    assert [set(ring) for ring in rings(world, "serving")] == [{A, B}]
+
+
+@pytest.mark.parametrize("period_s", [0.5, 2.0, 10.0])
+@pytest.mark.parametrize("what", ["leaving", "unreachable"])
+def test_whoever_changes_its_word_all_the_time_makes_few_plans(what: str, period_s: float) -> None:
+    world = World(A, B, C)
+    world.serve()
+    before = len(world.notes)
+    end, word = world.now + 120, False
+    while world.now < end:
+        word = not word
+        said: object = word if what == "leaving" else (A, C) if word else ()
+        world.profiles[B] = replace(world.profiles[B], **{what: said})
+        world.members()
+        for _ in range(int(2 * period_s)):
+            world.wait(0.5)
+            world.obey()
+    assert sum(" serves on " in note for note in world.notes[before:]) <= 8
 
 
 def test_a_loss_outside_of_the_ring_is_settled_first() -> None:
