@@ -281,7 +281,10 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
         else:
             yield Problem(why, "halka status --watch")
     elif agent.duty.serving() is None:
-        yield Problem(f"{shown.plan.shape.model} is not served yet", "halka status --watch")
+        model, plan_id = shown.plan.shape.model, shown.plan.id
+        yield Problem(
+            f"{model} is not served now: plan {plan_id} is being made ready", "halka status --watch"
+        )
     elif agent.duty.why_none:
         yield Problem(
             f"{shown.plan.shape.model} goes on, because no newer plan can be: "

@@ -137,7 +137,7 @@ def _peers(status: Status, screen: Screen) -> list[str]:
 
 
 def _about(peer: PeerState, screen: Screen) -> str:
-    facts = ["lost"] if peer.state == "lost" else []
+    facts = ["gone"] if peer.state == "lost" else []  # it may have left, which the reason says
     facts += ["here"] if peer.me else []
     facts += ["going away"] if peer.leaving else []
     if not peer.layers and peer.state != "lost":
@@ -211,10 +211,11 @@ def _doors(status: Status, screen: Screen) -> list[str]:
 
 def _answers(answers: Answers) -> str:
     waits = f" ({answers.waiting} waiting for a ring)" if answers.waiting else ""
-    went = f" ({count(answers.continued, 'time')} on another ring)" if answers.continued else ""
+    times = count(answers.continued, "time")
+    went = f"; {times} one went on in another ring" if answers.continued else ""
     return (
-        f"Answers  {answers.running} running{waits}, {answers.served} served{went}, "
-        f"{answers.failed} failed"
+        f"Answers  {answers.running} running{waits}, {answers.served} served, "
+        f"{answers.failed} failed{went}"
     )
 
 

@@ -115,7 +115,7 @@ def test_status_shows_how_far_a_peer_has_fetched_and_why_one_failed(
     shown = capsys.readouterr().out
     assert re.search(r"desk +█{6}▒{7}·{13} 0–14 +fetching 43%", shown)
     assert re.search(r"attic .* failed\n +out of memory", shown)
-    assert re.search(r"mini +lost, .*\n +silent for 4 s", shown)
+    assert re.search(r"mini +gone, .*\n +silent for 4 s", shown)
     assert 'Peers    2 in cluster "home", no coordinator yet' in shown
 
 

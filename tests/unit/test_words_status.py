@@ -106,9 +106,7 @@ def test_colour_is_of_the_words_alone() -> None:
 def test_answers_that_wait_or_went_on_elsewhere_are_counted() -> None:
     answers = {"running": 2, "served": 5, "failed": 0, "waiting": 1, "continued": 3}
     text = shown(answers=answers)
-    assert (
-        "Answers  2 running (1 waiting for a ring), 5 served (3 times on another ring), 0 f" in text
-    )
+    assert "Answers  2 running (1 waiting for a ring), 5 served, 0 failed; 3 times one went" in text
     assert "waiting" not in shown(answers={"running": 2, "served": 5, "failed": 0})
 
 
@@ -116,3 +114,11 @@ def test_a_peer_that_wants_to_go_is_shown_so() -> None:
     peers = a_status()["peers"]
     assert "going away" not in shown()
     assert "going away" in shown(peers=[{**peers[0], "leaving": True}, *peers[1:]])
+
+
+def test_who_left_on_purpose_is_not_called_lost() -> None:
+    why = "its agent was stopped"
+    text = shown(peers=[*a_status()["peers"], a_peer("d", "nas", state="lost", why=why)])
+    assert "\n  nas            gone" in text
+    assert f"\n                 {why}\n" in text
+    assert "lost" not in text
