@@ -87,12 +87,8 @@ class ForgetsTokensMax(g.Generation):
     """Asks for as many tokens as at the beginning when it goes on."""
 
     def _submit(self, offer: g.Offer, now: float) -> list[g.Action]:
-        actions = super()._submit(offer, now)
-        most = self.tokens_max
-        return [
-            g.Send(replace(a.message, tokens_max=most)) if isinstance(a, g.Send) else a
-            for a in actions
-        ]
+        self.tokens_max += len(self.delivered)
+        return super()._submit(offer, now)
 
 
 class GivesTwice(g.Generation):
