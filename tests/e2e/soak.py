@@ -150,7 +150,7 @@ class Soak:
                 self._say(self.result.told())
             if self.result.wrong:
                 return
-            time.sleep(LOOK_S)
+            self._over.wait(LOOK_S)
 
     def _fault(self) -> None:
         victim = self._random.choice(self.house.agents[:-CALM])
@@ -170,7 +170,7 @@ class Soak:
 
     def _kill(self, agent: Agent) -> None:
         agent.kill()
-        time.sleep(self._random.uniform(*DOWN_S))
+        self._over.wait(self._random.uniform(*DOWN_S))
         self._again(agent)
 
     def _leave(self, agent: Agent) -> None:
@@ -179,7 +179,7 @@ class Soak:
         code = agent.process.wait(40)
         if code != 0:
             self.result.wrong.append(f"agent {agent.number} left with exit code {code}")
-        time.sleep(self._random.uniform(*DOWN_S))
+        self._over.wait(self._random.uniform(*DOWN_S))
         self._again(agent)
 
     def _again(self, agent: Agent) -> None:
@@ -205,7 +205,7 @@ class Soak:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
             if number == signal.SIGSTOP:
-                time.sleep(self._random.uniform(*STOPPED_S))
+                self._over.wait(self._random.uniform(*STOPPED_S))
 
     # Load -----------------------------------------------------------------------------------------
 
