@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-RETRY_S = (0.5, 5.0)  # after the first and second failure
+RETRY_S = (0.1, 5.0)  # after the first failure, which answers wait for, and the second
 ILL_S = 15.0  # after any that would cost answers long once more: it hung, or computed nonsense
 NONSENSE = "it computed numbers that are not finite, answer after answer"
 BARRED_S = 600.0  # after the third; also how long a failure is remembered

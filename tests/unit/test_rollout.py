@@ -210,7 +210,7 @@ def test_a_failed_stage_is_tried_again_twice_and_then_left_out_with_its_reason()
         world.report(B, with_b[0], "failed", why="the engine is ill")
         assert all(B not in s.plan.ring for s in world.rollout.states)
         waits.append(world.now)
-    assert waits[:2] == pytest.approx([0.55, 5.05], abs=0.7)
+    assert waits[:2] == pytest.approx([0.15, 5.05], abs=0.7)
     world.wait(590)
     world.obey()
     assert [s.plan.ring for s in world.rollout.states if s.phase == "serving"] == [(A,)]
