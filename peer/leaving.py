@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from peer.agent import Agent
 from peer.planning import leaving as l
 from peer.planning.plan import PlanId
+from peer.planning.reasons import told_apart
 from peer.protocol import Report
 from peer.words.state import Going
 
@@ -162,6 +163,5 @@ class Parting:
 
 
 def _names(agent: Agent, peers: Iterable[str]) -> Iterable[str]:
-    for peer_id in peers:
-        profile = agent.profiles.get(peer_id)
-        yield profile.name if profile else peer_id
+    named = {p.peer_id: p.name for p in told_apart(list(agent.profiles.values()))}
+    return [named.get(peer_id, peer_id) for peer_id in peers]

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from peer.config import Config, Timing
-from peer.leaving import REFUSED, Parting
+from peer.leaving import REFUSED, Parting, _names
 from peer.planning import leaving as l
 from peer.planning.leaving import Leaving, Over, Reason, Saw, Scene, Stayed, Tell, Wished
 from peer.planning.plan import PlanState
@@ -309,3 +309,11 @@ def test_what_stands_in_a_scene() -> None:
     assert found == Scene(
         True, (OLD.plan.id,), states[2], 1, 2, ((states[2].plan.id, "loading", 0), 1)
     )
+
+
+def test_who_takes_over_is_told_by_names_that_tell_them_apart() -> None:
+    names = {ME: "pi", OTHER: "pi", THIRD: "desk"}
+    profiles = {peer: Profile(peer, name, "linux", 4, 1, 1) for peer, name in names.items()}
+    agent: Any = SimpleNamespace(profiles=profiles)
+    told = [f"pi {peer[:4]}" for peer in (ME, OTHER)]
+    assert [*_names(agent, (THIRD, ME, OTHER, "x"))] == ["desk", *told, "x"]
