@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 RETRY_S = (0.1, 5.0)  # after the first failure, which answers wait for, and the second
 ILL_S = 15.0  # after any that would cost answers long once more: it hung, or computed nonsense
 NONSENSE = "it computed numbers that are not finite, answer after answer"
+NEEDED_S = 30.0  # at most, where nothing can be served without it
 BARRED_S = 600.0  # after the third; also how long a failure is remembered
 
 
@@ -52,7 +53,9 @@ class Failures:
         count = old.count + 1 if old and now - old.last < BARRED_S else 1
         wait_s = max(RETRY_S[count - 1] if count <= len(RETRY_S) else BARRED_S, least_s)
         if count > len(RETRY_S):
-            why += f" ({count} times; it is tried again {BARRED_S / 60:.0f} minutes after the last)"
+            when = f"{BARRED_S / 60:.0f} minutes after the last"
+            needed = f"{NEEDED_S:.0f} s where nothing can be served without it"
+            why += f" ({count} times; it is tried again {when}, or {needed})"
         self._failed[peer_id, digest] = _Failed(count, now, now + wait_s, why)
         self._blames = [b for b in self._blames if now - b.at <= self.doubt_s]
         self._blames.append(_Blame(peer_id, digest, frozenset(ring), now))
@@ -81,6 +84,11 @@ class Failures:
             for (peer_id, model), failed in sorted(self._failed.items())
             if model == digest and failed.until > -math.inf
         }
+
+    def shorten(self, now: float) -> None:
+        """Nothing can be served without those who are barred: try them again soon."""
+        for failed in self._failed.values():
+            failed.until = min(failed.until, now + NEEDED_S)
 
     def count(self, digest: str) -> int:
         """How often plans for this model failed, as far as it is remembered."""

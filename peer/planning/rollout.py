@@ -168,7 +168,6 @@ class Rollout:
         return notes
 
     def _tell_ignored(self) -> list[Note]:
-        """Whose offers do not count, once."""
         before, self._ignored = self._ignored, (now := self._choice.ignored)
         return [Note(f"{self._name(p)}: {why}") for p, why in now.items() if before.get(p) != why]
 
@@ -242,6 +241,7 @@ class Rollout:
             return []
         self._decided, self._known = True, ()
         if answer.plan is None:
+            self._failures.shorten(now)
             return self._without(". ".join([*answer.whys.values()][:3]) or self._choice.why)
         current = self._current()
         if answer.kept and all(r.plan.id != answer.plan.id for r in current):

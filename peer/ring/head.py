@@ -142,9 +142,9 @@ class Head:
             self.take(schedule.Cancelled(key))
 
     def fail_all(self, why: str) -> None:
-        """Tell every entry peer that its answers end here."""
+        """Tell every entry peer that its answers end here: through no fault of theirs."""
         for key in self._asked():
-            self._perform(schedule.Refuse(key, "failed", why))
+            self._perform(schedule.Refuse(key, "stale", why))
 
     def close(self) -> None:
         """Close the socket, with a moment for the last words."""

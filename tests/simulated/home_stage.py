@@ -160,7 +160,7 @@ class Stage(Process):
         self.home.tell(self.machine.short, "stage", self.plan.id, "ends:", why)
         if self.scheduler:
             for key in self.asked():
-                self.perform(schedule.Refuse(key, "failed", why))
+                self.perform(schedule.Refuse(key, "stale", why))
         self.exit(why, lost)
 
     def exit(self, why: str, lost: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from peer.planning.failures import NEEDED_S
 from peer.planning.making import Question, answer
 from peer.planning.plan import PlanState
 from peer.planning.rollout import Elected, Event, Note, Publish, Reported, Solve, Solved
@@ -303,3 +304,18 @@ def test_a_new_coordinator_that_goes_on_with_a_plan_keeps_nothing_of_it_for_late
     fresh.wait(2 * TIMING.settle_s)
     assert rings(fresh, "serving") == [known.plan.ring]
     assert fresh.questions[-1].before is None
+
+
+def test_a_peer_that_nothing_can_be_served_without_is_tried_again_soon() -> None:
+    world = World(A)
+    world.serve()
+    for _ in range(4):
+        while not world.rollout.states:
+            world.wait(1.0)
+        world.report(A, world.rollout.states[-1], "failed", why="killed by hand")
+        broke = world.now
+    while not world.rollout.states:
+        world.wait(1.0)
+    assert world.now - broke <= NEEDED_S + 2.0
+    world.obey()
+    assert rings(world, "serving") == [(A,)]
