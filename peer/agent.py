@@ -306,7 +306,7 @@ class Agent:
                 log.info("serving=%s plan=%s head=%s", plan.shape.model, plan.id, plan.head)
             case d.EndPlan(plan_id, why):
                 log.info("ended=plan plan=%s because=%s", plan_id, why)
-                self.entry.end(plan_id, self._named(why))
+                self.entry.end(plan_id, self.named(why))
             case d.GoOver(plan_id):
                 self.entry.go_over(plan_id)
             case d.Underway(digest):
@@ -320,7 +320,7 @@ class Agent:
         self._hosts[peer_id] = host
         return f"[{host}]" if ":" in host else host
 
-    def _named(self, text: str) -> str:
+    def named(self, text: str) -> str:
         """Peer ids in a reason, replaced by names that people know."""
         for peer_id, profile in self.profiles.items():
             text = text.replace(f"peer {peer_id}", f"peer {profile.name}")

@@ -302,4 +302,5 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
     for why in agent.unusable.values():
         yield Problem(f"a model on this disk cannot be run here. {why}", "halka models")
     if agent.duty.trouble and (shown is None or agent.me not in shown.plan.ring):
-        yield Problem(f"this peer could not take part: {agent.duty.trouble}", "halka plan")
+        trouble = agent.named(agent.duty.trouble)
+        yield Problem(f"this peer could not take part: {trouble}", "halka plan")
