@@ -248,7 +248,8 @@ class Agent(Members, Fetching):
                 case Ping(number):
                     self.home.at(PIPE_S, stage.do, self.asked, stage, lease, number)
                 case Hung(why):
-                    if not stage.stopped:
+                    # Its answer may be on its way still, where it went on a moment ago.
+                    if not stage.stopped and self.home.now > stage.woke + 2 * PIPE_S:
                         self.home.fail(f"{self.me} takes a stage for hung that is not: {why}")
                     return stage.exit(why)
         wait_s = max(0.01, lease.deadline - self.home.now)

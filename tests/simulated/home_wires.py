@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
@@ -53,6 +54,7 @@ class Process(ABC):
     machine: Machine
     alive: bool = True
     stopped: bool = False  # it does not run, and what comes waits
+    woke: float = -math.inf  # when it went on, after it did not run
     backlog: deque[tuple[Any, ...]] = field(default_factory=deque)
     wires: dict[Wire, None] = field(default_factory=dict)
     links: dict[Wire, Dialled] = field(default_factory=dict)  # those that it dialled as a client
@@ -78,7 +80,7 @@ class Process(ABC):
 
     def go_on(self) -> None:
         """Run again: what waited comes now."""
-        self.stopped = False
+        self.stopped, self.woke = False, self.home.now
         while self.backlog and self.alive and not self.stopped:
             call, arguments = self.backlog.popleft()
             call(*arguments)
