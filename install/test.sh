@@ -3,8 +3,8 @@
 #
 #   install/test.sh [pytest arguments]
 #
-# Two passes: what needs only a processor runs on two at once; what starts whole agents, network
-# namespaces and clocks of real seconds runs alone afterwards, so that load does not fail it.
+# Three passes: what needs only a processor, two at once; whole agents, which mostly wait for each
+# other, two files at once; network namespaces and what measures this machine's speed, alone.
 set -euo pipefail
 
 # shellcheck source=install/venv.sh
@@ -27,13 +27,13 @@ results=$(mktemp -d)
 trap 'stop_ticker; rm -rf "$results"' EXIT
 failed=0
 
-# pass NAME FOLDERS… -- PYTEST ARGUMENTS…
+# pass NAME FOLDERS AND FILES… -- PYTEST ARGUMENTS…
 pass() {
   name=$1
   shift
   folders=
   while [ "$1" != -- ]; do
-    if [ -d "$1" ]; then folders="$folders $1"; fi
+    if [ -e "$1" ]; then folders="$folders $1"; fi
     shift
   done
   shift
@@ -45,8 +45,15 @@ pass() {
   if [ "$code" -ne 0 ] && [ "$code" -ne 5 ]; then failed=$code; fi
 }
 
+alone="tests/e2e/test_measured_speed.py tests/e2e/test_streaming.py tests/e2e/test_try.py"
+besides=
+for file in $alone; do besides="$besides --ignore $file"; done
+
 pass quick tests/tidy tests/unit tests/simulated -- -n 2 --dist loadscope
-pass whole tests/netns tests/e2e --
+# shellcheck disable=SC2086  # lists of our own file names
+pass whole tests/e2e -- -n 2 --dist loadfile $besides
+# shellcheck disable=SC2086
+pass alone tests/netns $alone --
 
 "$python" - "$results" <<'PYTHON'
 import pathlib, sys
