@@ -66,6 +66,9 @@ def main(config: Config, warnings: list[str]) -> int:
             raise
         raise known.exceptions[0] from None
     finally:
+        # All is done; a signal now would only make it look as if it were not.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         identity.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,9 @@ class Vitals:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._process: psutil.Process | None = None
-        self._counted: tuple[Path, int] | None = None  # where kills are counted, and how many
+        # Where kills are counted, and how many; of the last looks, because one may come between the
+        # kill and the end.
+        self._counted: deque[tuple[Path, int]] = deque(maxlen=3)
 
     def look(self) -> Look | None:
         """What it has used until now; None where there is no such process any more."""
@@ -35,16 +38,14 @@ class Vitals:
                 state, times, read = process.status(), process.cpu_times(), _read_bytes(process)
         except psutil.Error:
             return None
-        if state not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            self._counted = _kills(self._pid)
+        alive = state not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        if alive and (counted := _kills(self._pid)) is not None:
+            self._counted.append(counted)
         return Look(times.user + times.system, read, _state_of(state))
 
     def killed_for_memory(self) -> bool:
         """Of a process that has just been killed: whether the kernel did it, as memory ran out."""
-        if self._counted is None:
-            return False
-        path, before = self._counted
-        return (_count(path) or 0) > before
+        return any((_count(path) or 0) > before for path, before in self._counted)
 
 
 def _state_of(status: str) -> Literal["runs", "disk", "stopped"]:

@@ -137,6 +137,9 @@ class Agent:
             except OSError:
                 connection.close()
                 continue
+            if _reached_itself(connection):
+                connection.close()
+                continue
             self._answered = host, port
             return connection
         tried = " or ".join(_joined(*candidate) for candidate in self.candidates if candidate[1])
@@ -219,6 +222,13 @@ def _written(home: Path) -> tuple[str, int] | None:
 def _reachable(host: str, port: int) -> tuple[str, int]:
     """The address to dial for an address that was listened on."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
+
+
+def _reached_itself(connection: http.client.HTTPConnection) -> bool:
+    """Where nobody listens on a port that the system also gives to clients, as 42552, a client may
+    be given that very port, and TCP connects it with itself. It then keeps the agent from it."""
+    sock = connection.sock
+    return sock is not None and sock.getsockname() == sock.getpeername()
 
 
 def _joined(host: str, port: int) -> str:

@@ -229,6 +229,9 @@ class _Connection(http.client.HTTPConnection):
         self.sock = made[0]
         self.sock.settimeout(self._timeout_s)
         self.sock.connect((self.host, self.port))
+        if self.sock.getsockname() == self.sock.getpeername():
+            self.sock.close()  # nobody listens yet, and TCP connected it with itself
+            raise ConnectionRefusedError("nobody listens")
 
 
 class Machine(Cable):
@@ -240,6 +243,7 @@ class Machine(Cable):
         self.home = world.folder / name
         self.home.mkdir(parents=True)
         self.process: subprocess.Popen[bytes] | None = None
+        self._ending = False
         self._log = world.folder / f"{name}.log"
 
     # Its agent ------------------------------------------------------------------------------------
@@ -247,6 +251,7 @@ class Machine(Cable):
     def start(self, *flags: str, program: Sequence[str] = ("-m", "peer"), **settings: str) -> None:
         """Start the agent; settings become HALKA_*, without any it is given its home only."""
         assert self.process is None, f"{self.name} has an agent"
+        self._ending = False
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._words(sys.executable, *program, "run", *flags),
@@ -262,8 +267,9 @@ class Machine(Cable):
         return code
 
     def terminate(self) -> None:
-        """Begin to end the agent politely."""
-        if self.process is not None:
+        """Begin to end the agent politely; asked again, it goes on as it does."""
+        if self.process is not None and not self._ending:
+            self._ending = True
             self.process.terminate()
 
     def kill(self) -> None:
