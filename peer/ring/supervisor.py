@@ -55,6 +55,7 @@ class _Stage:
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
     news: StageNews | None = None  # as the agent knows them
     lease: Lease | None = None  # from when it is ready
+    loaded: asyncio.Event = field(default_factory=asyncio.Event)  # it is ready
     stopping: bool = False
     said: str = ""  # its own reason, where it gave one; or that it hung
     tasks: list[asyncio.Task[None]] = field(default_factory=list)  # its news, its log, its lease
@@ -224,6 +225,7 @@ class Supervisor:
         if stage.lease is None and news.phase != "loading":
             rows_max = stage.plan.split.batch_tokens
             stage.lease = Lease(now, rows_max, stage.step_s, stage.on_gpu, self._bounds)
+            stage.loaded.set()
         if stage.lease is not None:
             timed = news.timed
             # One row of a batch takes no longer than a row that is alone.
@@ -248,8 +250,11 @@ class Supervisor:
                             _write(stage, StagePing(number))
                         case Hung(why):
                             return self._hung(stage, why)
-            wait_s = stage.lease.deadline - time.monotonic() if stage.lease else ASK_S
-            await asyncio.sleep(max(0.01, wait_s))
+            if stage.lease is None:  # what it had before it computes is to be known
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stage.loaded.wait(), ASK_S)
+            else:
+                await asyncio.sleep(max(0.01, stage.lease.deadline - time.monotonic()))
 
     def _hung(self, stage: _Stage, why: str) -> None:
         log.error("stage=hung plan=%s pid=%d because=%s", stage.plan.id, stage.process.pid, why)
