@@ -65,7 +65,10 @@ def status(agent: Agent, started: float, http: str) -> dict[str, Any]:
                 and cluster.clock() - turned.at < REFUSED_SHOWN_S
             ),
             problems=tuple(_problems(agent, shown)),
-            losses=tuple(_losses(agent)),
+            losses=(losses := tuple(_losses(agent))),
+            unforeseen=not losses
+            and agent.duty.serving() is not None
+            and bool(agent.cluster.members),
             spares=tuple(_spares(agent)),
         )
     )

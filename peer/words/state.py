@@ -138,6 +138,7 @@ class Status(msgspec.Struct, frozen=True):
     problems: tuple[Problem, ...] = ()
     losses: tuple[LossState, ...] = ()  # () while nothing is foreseen
     spares: tuple[SpareState, ...] = ()
+    unforeseen: bool = False  # what losses would mean is not known yet, and there are several peers
 
     def labels(self) -> dict[str, str]:
         """Each peer's name; where two share one, with the beginning of the peer id after it."""

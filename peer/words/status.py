@@ -156,6 +156,8 @@ def _losses(status: Status, screen: Screen) -> list[str]:
     """Whether answers would go on without each of the peers; nothing where one is alone."""
     known = {peer.peer_id for peer in status.peers if peer.state != "lost"}
     losses = [loss for loss in status.losses if loss.peer_id in known]
+    if status.unforeseen:
+        return ["Survives not known yet; it is looked at when the ring is quiet", ""]
     if len(losses) < 2:
         return []
     bad = [loss for loss in losses if loss.outcome != "fine"]

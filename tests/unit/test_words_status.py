@@ -122,3 +122,8 @@ def test_who_left_on_purpose_is_not_called_lost() -> None:
     assert "\n  nas            gone" in text
     assert f"\n                 {why}\n" in text
     assert "lost" not in text
+
+
+def test_what_is_survived_is_not_passed_over_while_it_is_not_known() -> None:
+    assert "\nSurvives not known yet" in shown(unforeseen=True)
+    assert "not known yet" not in shown(losses=[a_loss("a"), a_loss("b")])
