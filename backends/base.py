@@ -147,6 +147,8 @@ class Settings:
     batch_tokens: int  # rows of the longest batch
     threads: int
     gpu_layers: int = -1  # of each window; -1: all that the engine can
+    kv_type: str = "f16"  # GGML type name of the KV cache, lower case: f16 | q8_0
+    flash: str = "auto"  # flash attention: auto (the engine's choice) | on | off
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +263,17 @@ class Engine(Protocol):
         """How to write the main file of the window [first, last). Raises BackendFault."""
         ...
 
-    def kv_bytes_per_cell(self, header: Header) -> tuple[int, ...]:
+    def kv_bytes_per_cell(self, header: Header, kv_type: str = "f16") -> tuple[int, ...]:
         """Bytes of KV cache that one token takes, for each layer."""
+        ...
+
+    def kv_types(self, header: Header) -> tuple[str, ...]:
+        """The types that the model's KV cache can have, "f16" always among them."""
+        ...
+
+    def rewinds(self, header: Header) -> bool:
+        """Whether a slot can be trimmed to, and copied up to, any position. False where layers are
+        recurrent: their state can only be dropped whole, or copied whole."""
         ...
 
     def open(self, settings: Settings) -> Backend:

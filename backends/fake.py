@@ -282,7 +282,15 @@ class FakeEngine:
             output=is_last and not tied,
         )
 
-    def kv_bytes_per_cell(self, header: Header) -> tuple[int, ...]:
+    def kv_types(self, header: Header) -> tuple[str, ...]:
+        """It keeps running sums, which have one type."""
+        return ("f16",)
+
+    def rewinds(self, header: Header) -> bool:
+        """It keeps the sums of every position."""
+        return True
+
+    def kv_bytes_per_cell(self, header: Header, kv_type: str = "f16") -> tuple[int, ...]:
         """Bytes of running sums that one token takes, for each layer."""
         hidden = int(header.metadata.get("fake.embedding_length", 0))
         return (hidden * 8,) * header.layers

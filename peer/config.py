@@ -62,6 +62,10 @@ class Config:
     backend: Literal["auto", "llama_cpp", "mlx", "fake"] = "auto"
     spread: Literal["auto", "all"] = "auto"  # all: every joined peer gets at least one layer
     objective: Literal["latency", "throughput"] = "latency"  # of one answer, or of many at once
+    kv_type: Literal["f16", "q8_0"] = "f16"  # of the KV cache; q8_0: half the memory, not as exact
+    flash: Literal["auto", "on", "off"] = "auto"  # flash attention; auto: the engine's choice
+    speculation: Literal["auto", "off"] = "auto"  # guess tokens and verify them, where that pays
+    draft: str = ""  # the model that guesses, by its id, beside looking into the text so far
     threads: int = 0  # of a stage; 0: one for each physical core
     context: int = 0  # tokens of one request at most; 0: what the model and the memory allow
     memory: int = 0  # bytes that stages may use; 0: what is free, less a headroom
@@ -179,6 +183,9 @@ def _checked(key: str, value: Any, source: str) -> dict[str, Any]:
         "backend": ("auto", "llama_cpp", "mlx", "fake"),
         "spread": ("auto", "all"),
         "objective": ("latency", "throughput"),
+        "kv_type": ("f16", "q8_0"),
+        "flash": ("auto", "on", "off"),
+        "speculation": ("auto", "off"),
         "log": ("debug", "info", "warning", "error"),
     }.get(key)
     if choices and value not in choices:

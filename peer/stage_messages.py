@@ -21,6 +21,7 @@ class StageOrder(Message, frozen=True, tag="order"):
     step_s: float = 120.0  # for one step to come around the ring
     bind: str = "*"  # interface address to listen on
     admitted: tuple[Key, ...] = ()  # agents that may submit
+    draft_folder: str = ""  # of the model that drafts, in the store (head, where the plan has one)
 
 
 class StageConnect(Message, frozen=True, tag="connect"):

@@ -7,9 +7,9 @@ from typing import Annotated
 import msgspec
 
 from peer.planning.plan import TERM_MAX
-from peer.planning.profile import Seconds
+from peer.planning.profile import Count, Seconds
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when peers of two versions could misunderstand each other; another one is refused."""
 
 MESSAGE_BYTES_MAX = 4 << 20  # the largest is Submit with 768 Ki token ids
@@ -37,8 +37,17 @@ class Timed(msgspec.Struct, frozen=True, omit_defaults=True):
 
     decode_s: seconds that this stage computed for a step of one row. prefill_s: for each row of
     longer steps. tpot_s: from step to step of one answer alone, on the head, all stages and hops.
+    wait_s, send_s: of a step of one row, what this stage waited for its frame and took to send on.
+    drafted, accepted: ids that were guessed, and of them right, since the plan began. read, reused:
+    ids of prompts that were computed, and that were in a slot already (all four: head).
     """
 
     decode_s: Seconds = 0.0
     prefill_s: Seconds = 0.0
     tpot_s: Seconds = 0.0
+    wait_s: Seconds = 0.0
+    send_s: Seconds = 0.0
+    drafted: Count = 0
+    accepted: Count = 0
+    read: Count = 0
+    reused: Count = 0

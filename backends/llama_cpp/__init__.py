@@ -6,6 +6,7 @@ from pathlib import Path
 
 from backends.base import Backend, Cuts, Device, Engine, Header, Recipe, Settings, Vocabulary
 from backends.llama_cpp import cache, recipe, rules
+from backends.llama_cpp.cache import recurrent
 
 
 class LlamaCpp:
@@ -27,9 +28,17 @@ class LlamaCpp:
         """How to write the main file of the window. Raises BackendFault if refused."""
         return recipe.recipe(header, first, last)
 
-    def kv_bytes_per_cell(self, header: Header) -> tuple[int, ...]:
+    def kv_bytes_per_cell(self, header: Header, kv_type: str = "f16") -> tuple[int, ...]:
         """Bytes of KV cache that one token takes, for each layer."""
-        return cache.kv_bytes_per_cell(header)
+        return cache.kv_bytes_per_cell(header, kv_type)
+
+    def kv_types(self, header: Header) -> tuple[str, ...]:
+        """The types that the model's KV cache can have."""
+        return cache.kv_types(header)
+
+    def rewinds(self, header: Header) -> bool:
+        """Whether a slot can be trimmed to, and copied up to, any position."""
+        return not recurrent(header)
 
     def open(self, settings: Settings) -> Backend:
         """An empty backend. Raises ImportError where llama-cpp-python is not installed."""

@@ -59,6 +59,12 @@ class LeftOut(Value, frozen=True):
     why: Why
 
 
+KvType = Literal["f16", "q8_0"]
+Flash = Literal["auto", "on", "off"]
+Speculation = Literal["auto", "off"]
+DraftDigest = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
+
+
 class Split(Value, frozen=True):
     """What the planner chose: windows in ring order, and its reasons. Not yet numbered."""
 
@@ -66,9 +72,14 @@ class Split(Value, frozen=True):
     context: Count  # tokens of one request at most
     kv_cells: Count  # tokens of KV cache in every stage, shared by all slots
     slots: Count
-    batch_tokens: Count
+    batch_tokens: Count  # rows of the longest step
     left_out: Annotated[tuple[LeftOut, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
     why: Why = ""
+    chunk_tokens: Count = 0  # of a prompt in one step, while nothing else runs; 0: batch_tokens
+    kv_type: KvType = "f16"
+    flash: Flash = "auto"
+    speculation: Speculation = "auto"
+    draft: DraftDigest = ""  # digest of the model that drafts, held whole by the head; "": none
 
 
 class PeerForecast(Value, frozen=True):

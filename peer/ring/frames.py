@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from backends.base import Batch
 from peer.errors import ProtocolError, StalePlan
 from peer.planning.plan import Plan, PlanId
-from peer.planning.profile import PeerId
+from peer.planning.profile import PeerId, Seconds
 from peer.protocol import IDS_BYTES_MAX, Sampling, Token
 
 HEADER_BYTES_MAX = IDS_BYTES_MAX + (1 << 20)  # an Open that looks back on a whole context
+DRAFT_TOKENS_MAX = 64  # guessed for one slot in one step
 ROW_BYTES = 9  # of the index: slot, position, output
 
 _Slot = Annotated[int, msgspec.Meta(ge=0, le=255)]
@@ -55,6 +56,14 @@ class Copy(SlotOp, frozen=True, tag="copy"):
     length: _Position
 
 
+class Draft(msgspec.Struct, frozen=True):
+    """Ids that are guessed to follow in this slot: int32. Its output rows are the last 1 + as many
+    of its rows; row i of them is answered, then row i + 1 while the answer was the guess."""
+
+    slot: _Slot
+    ids: Annotated[bytes, msgspec.Meta(min_length=4, max_length=4 * DRAFT_TOKENS_MAX)]
+
+
 class Fault(msgspec.Struct, frozen=True):
     """The numbers of this slot are not finite since this peer computed them."""
 
@@ -63,11 +72,16 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 _Ops = Annotated[tuple[Open | Trim | Copy, ...], msgspec.Meta(max_length=1024)]
+_Drafts = Annotated[tuple[Draft, ...], msgspec.Meta(max_length=256)]
+_Taken = Annotated[int, msgspec.Meta(ge=1, le=DRAFT_TOKENS_MAX + 1)]
 _Faults = Annotated[tuple[Fault, ...], msgspec.Meta(max_length=256)]
 
 
 class FrameHeader(msgspec.Struct, frozen=True, tag_field="f", tag="frame", omit_defaults=True):
-    """Names the plan, the step within it and the window that the rows go into."""
+    """Names the plan, the step within it and the window that the rows go into.
+
+    spent_s, slowest_s: what all stages so far, and the slowest of them, computed for this step.
+    """
 
     plan: PlanId
     step: Annotated[int, msgspec.Meta(ge=1, le=1 << 60)]
@@ -76,15 +90,25 @@ class FrameHeader(msgspec.Struct, frozen=True, tag_field="f", tag="frame", omit_
     hidden: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
     ops: _Ops = ()
     faults: _Faults = ()
+    drafts: _Drafts = ()
+    spent_s: Seconds = 0.0
+    slowest_s: Seconds = 0.0
 
 
 class Sampled(msgspec.Struct, frozen=True, tag_field="f", tag="sampled", omit_defaults=True):
-    """The tail's answer to a step: one token for each output row, in the batch's order."""
+    """The tail's answer to a step: tokens of the output rows, in the batch's order.
+
+    taken: how many of them each slot with output rows got: one, and one more for each draft that
+    was right; (): one each. spent_s, slowest_s as in FrameHeader, the tail included.
+    """
 
     plan: PlanId
     step: Annotated[int, msgspec.Meta(ge=1, le=1 << 60)]
-    tokens: Annotated[tuple[Token, ...], msgspec.Meta(max_length=256)] = ()
+    tokens: Annotated[tuple[Token, ...], msgspec.Meta(max_length=8192)] = ()
     faults: _Faults = ()
+    taken: Annotated[tuple[_Taken, ...], msgspec.Meta(max_length=256)] = ()
+    spent_s: Seconds = 0.0
+    slowest_s: Seconds = 0.0
 
 
 @dataclass(frozen=True, slots=True)

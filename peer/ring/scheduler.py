@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peer.protocol import Sampling
-from peer.ring.frames import Copy, Fault, Open, Trim
+from peer.ring.frames import Copy, Draft, Fault, Open, Trim
 
 WAITING_MAX = 64
 WAITING_OF_ONE_MAX = 32  # of one entry peer, so that it cannot keep all others out
@@ -51,11 +51,14 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """A step came around the ring: one token for each output row, in order."""
+    """A step came around the ring. Fields as in frames.Sampled."""
 
     step: int
     tokens: tuple[int, ...]
     faults: tuple[Fault, ...] = ()
+    taken: tuple[int, ...] = ()
+    spent_s: float = 0.0
+    slowest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,8 @@ Event = Submitted | Cancelled | Returned | Tick
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run this step. ids, slots, positions: int32 [rows]; outputs: bool [rows]."""
+    """Run this step. ids, slots, positions: int32 [rows]; outputs: bool [rows]. drafts: of slots
+    whose last rows are guesses (see frames.Draft)."""
 
     step: int
     ids: NDArray[np.int32]
@@ -76,6 +80,7 @@ class Run:
     positions: NDArray[np.int32]
     outputs: NDArray[np.bool_]
     ops: tuple[Open | Trim | Copy, ...]
+    drafts: tuple[Draft, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,18 @@ LEAVING_PROFILE = msgspec.structs.replace(
 )
 HURRIED = msgspec.structs.replace(STATE, phase="draining", hurry=True)
 TIMED = p.Timed(decode_s=1e-3, prefill_s=1e-4, tpot_s=2e-3)
+TIMED_MORE = p.Timed(
+    decode_s=1e-3, wait_s=2e-3, send_s=1e-4, drafted=9, accepted=8, read=7, reused=6
+)
+FASTER_STATE = msgspec.structs.replace(
+    STATE,
+    plan=msgspec.structs.replace(
+        STATE.plan,
+        split=msgspec.structs.replace(
+            SPLIT, chunk_tokens=128, kv_type="q8_0", flash="on", speculation="off", draft=DIGEST
+        ),
+    ),
+)
 SAMPLING = p.Sampling(
     temperature=0.5, top_k=50, top_p=0.75, min_p=0.25, repeat_penalty=1.25, repeat_last_n=32,
     frequency_penalty=0.5, presence_penalty=-0.5, logit_bias=((7, -1.5),), seed=42,
@@ -147,6 +159,8 @@ PIPE: list[p.Pipe] = [
     p.StageNews(phase="linked", timed=TIMED),
     p.StagePing(number=3),
     p.StageNews(phase="linked", pong=3, blamed=BOB),
+    p.StageOrder(plan=FASTER_STATE, peer_id=ADA, folder="/x", threads=4, draft_folder="/y"),
+    p.StageNews(phase="linked", timed=TIMED_MORE),
 ]  # fmt: skip
 
 FAULTS = (f.Fault(slot=1, peer_id=BOB),)
@@ -158,6 +172,11 @@ RING: list[f.FrameHeader | f.Sampled] = [
         faults=FAULTS,
     ),
     f.Sampled(plan=PLAN, step=11, tokens=(5, 6), faults=FAULTS),
+    f.FrameHeader(
+        plan=PLAN, step=12, window=1, rows=2, hidden=576,
+        drafts=(f.Draft(slot=1, ids=b"\x02\x00\x00\x00"),), spent_s=0.5, slowest_s=0.25,
+    ),
+    f.Sampled(plan=PLAN, step=12, tokens=(5, 6), taken=(2,), spent_s=0.5, slowest_s=0.25),
 ]  # fmt: skip
 
 ALL: list[msgspec.Struct] = [*CONTROL, *ANSWERING, *PIPE, *RING]

@@ -17,6 +17,7 @@ from peer.cluster.identity import Identity
 from peer.config import Config
 from peer.errors import ConfigError, PartError, PeerLost, ProtocolError
 from peer.protocol import (
+    PROTOCOL,
     ChunkHere,
     ChunkWanted,
     Control,
@@ -141,7 +142,7 @@ async def test_another_protocol_version_is_refused_by_name_on_both_sides(
     town: Town, until: Any
 ) -> None:
     old = await town.add("old")
-    new = await town.add("new", old, options={"protocol": 2})
+    new = await town.add("new", old, options={"protocol": PROTOCOL + 1})
     await until(lambda: old.cluster.refused and new.cluster.refused, 5, "both say so")
     for peer, by_us in ((old, True), (new, False)):
         (turned,) = peer.cluster.refused
