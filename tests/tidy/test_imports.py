@@ -39,7 +39,7 @@ PURE = {
     "peer.planning.duty_events",
     "peer.ring.paces",
     "peer.ring.scheduler", "peer.ring.generation", "peer.ring.lease", "peer.ring.endings",
-    "peer.planning.trials",
+    "peer.planning.trials", "peer.planning.drafts", "peer.models.tokenizers",
 }  # fmt: skip
 PURE_LATER = {"peer.ring.speculation"}
 IMPURE_LIBRARIES = {
@@ -69,8 +69,10 @@ INTRODUCED = {
     "peer.planning.speeds": {"peer.models.manifest"},
 }
 
-# backends: these three open its door, the others name its values.
-ENGINE_DOORS = {"peer.ring.stage", "peer.planning.measure", "peer.models.vocabulary"}
+# backends: these four open its door, the others name its values.
+ENGINE_DOORS = {
+    "peer.ring.stage", "peer.planning.measure", "peer.models.vocabulary", "peer.bench.whole",
+}  # fmt: skip
 ENGINE_VALUES = {
     "peer.models.parts", "peer.models.gguf",  # Header, TensorFact, Recipe
     "peer.ring.windows", "peer.ring.frames",  # Window, Batch

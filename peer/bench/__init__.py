@@ -1,0 +1,1 @@
+"""Measuring a ring beside the same engine with the whole model in one process."""
