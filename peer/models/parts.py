@@ -18,7 +18,7 @@ import msgspec
 
 from backends.base import Cuts, Header, Recipe, TensorFact
 from peer.errors import GGUFError, ModelError, PartError
-from peer.models import disk, gguf
+from peer.models import disk, gguf, tokenizers
 from peer.models.disk import hold
 from peer.models.gguf import GGUF, Value
 from peer.models.imports import import_gguf
@@ -266,4 +266,5 @@ def shape_of(
         layer_active_bytes=active_bytes(manifest, header),
         layer_kinds=layer_kinds(manifest),
         vocabulary=vocabulary(manifest),
+        tokenizer=tokenizers.mark(header.metadata),
     )

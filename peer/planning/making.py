@@ -14,7 +14,7 @@ from itertools import pairwise
 from msgspec.structs import replace
 
 from peer.errors import NoPlan, ProtocolError
-from peer.planning import costs, reasons, trust
+from peer.planning import costs, drafts, reasons, trust
 from peer.planning.plan import Forecast, LeftOut, Plan, PlanId, PlanState, check
 from peer.planning.profile import ModelOffer, ModelShape, Profile
 from peer.planning.split import Wishes, solve
@@ -53,6 +53,7 @@ class Members:
             disk_free_bytes=0,
             engines=(),
             model_wanted="",
+            draft_wanted="",
             speeds=(),
             unmeasured=(),
             links=(),
@@ -66,8 +67,13 @@ class Members:
     def wishes(self, me: str) -> tuple[dict[str, Sequence[ModelOffer]], str]:
         """What a choice depends on: the offers of those who are here, and this peer's setting."""
         profile = self.profiles.get(me)
-        offers = {p: offers for p, offers in self.offers.items() if p in self.present}
+        offers = drafts.not_first(self.offers_here, self.here)
         return offers, profile.model_wanted if profile else ""
+
+    @property
+    def offers_here(self) -> dict[str, Sequence[ModelOffer]]:
+        """The offers of those who are here."""
+        return {p: offers for p, offers in self.offers.items() if p in self.present}
 
 
 def measured(profile: Profile, digest: str) -> bool:
@@ -185,6 +191,8 @@ def _make(question: Question, shape: ModelShape, barred: Mapping[str, str]) -> P
         return f"{error}" + (f". {excuses}" if excuses else "")
     out = tuple(LeftOut(p, why) for p, why in barred.items() if p in members.present)
     split = replace(split, left_out=split.left_out + out)
+    lost = question.before is not None
+    split = drafts.with_draft(split, shape, members.here, members.offers_here, lost)
     plan = Plan(question.plan_id, question.me, shape, split)
     wrong = check(plan) or _untellable(plan)
     return f"no plan for {shape.model}: {wrong}" if wrong else plan
@@ -271,6 +279,8 @@ def _gain(question: Question, now: Plan, made: Plan) -> str:
     wanted = min(mine.context_wanted if mine else 0, now.shape.context or math.inf)
     if wanted and made.split.context == wanted != now.split.context:
         return f"{wanted} tokens of context, as is set"
+    if drafted := drafts.gain(now.split, made.split, question.members.here):
+        return drafted
     before, after = as_it_runs(profiles, now), costs.forecast(profiles, made.shape, made.split)
     if before is None:
         return "the plan of now does not fit any more"

@@ -60,6 +60,8 @@ class Speed(Value, frozen=True):
     and for a chunk of `prefill_tokens`, with an empty KV cache and a core that nobody throttles.
     window_s: what a step costs around a window's layers. output_s: one row through the output head
     and the samplers. correction: what stages really took, as a multiple of all these.
+    short_chunks: (rows, what a row takes) of chunks shorter than prefill_tokens, as a multiple of
+    what it takes in one of those.
     """
 
     digest: Digest
@@ -72,6 +74,10 @@ class Speed(Value, frozen=True):
     window_s: Seconds = 0.0
     output_s: Seconds = 0.0
     correction: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 1.0
+    short_chunks: Annotated[
+        tuple[tuple[Count, Annotated[float, msgspec.Meta(ge=0, le=1e6)]], ...],
+        msgspec.Meta(max_length=8),
+    ] = ()
 
 
 class Link(Value, frozen=True):
@@ -117,6 +123,10 @@ class Profile(Value, frozen=True):
     leaving: bool = False
     unreachable: Annotated[tuple[PeerId, ...], msgspec.Meta(max_length=PEERS_MAX)] = ()
     spare_bytes: Bytes = 0
+    draft_wanted: Annotated[str, msgspec.Meta(max_length=128)] = ""  # the setting `draft`
+    kv_type: Literal["f16", "q8_0"] = "f16"  # settings of this peer; the coordinator's count
+    flash: Literal["auto", "on", "off"] = "auto"
+    speculation: Literal["auto", "off"] = "auto"
 
     def has_speed(self, digest: str) -> bool:
         """Whether anything was measured of a model on the backend that would run it."""
@@ -164,6 +174,8 @@ class ModelShape(Value, frozen=True):
         msgspec.Meta(max_length=LAYERS_MAX),
     ] = ()
     vocabulary: Count = 0  # tokens it knows; 0: not told
+    tokenizer: Annotated[str, msgspec.Meta(max_length=128)] = ""  # see models.tokenizers.mark
+    kv_types: Annotated[tuple[Name, ...], msgspec.Meta(max_length=16)] = ("f16",)  # it can have
 
     @property
     def active_bytes(self) -> tuple[int, ...]:

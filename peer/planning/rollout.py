@@ -188,7 +188,7 @@ class Rollout:
 
     def _situation(self) -> object:
         known = self._members, self._choice, self._ranked(), self._failures, self._shaky
-        return situation(*known, memory=not self._current())
+        return situation(*known, memory=not self._current(), lost=self._before is not None)
 
     def _watch(self, now: float) -> None:
         """Wait for quiet after every change; there is nothing to do where all is as planned."""

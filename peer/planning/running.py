@@ -133,6 +133,7 @@ def is_same(plan: Plan, shape: ModelShape, split: Split) -> bool:
         plan.shape == shape
         and (plan.split.context, plan.split.kv_cells) == (split.context, split.kv_cells)
         and windows(plan.split) == windows(split)
+        and plan.split.draft == split.draft
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from peer.planning import drafts
 from peer.planning.choice import Choice
 from peer.planning.failures import RETRY_S, Failures
 from peer.planning.making import Members, pace
@@ -36,11 +37,12 @@ def situation(
     failures: Failures,
     shaky: Mapping[str, str],
     memory: bool,
+    lost: bool = False,
 ) -> object:
     """All that a plan for these models depends on, to be compared.
 
     memory: whether free memory counts. It changes all the time, and most of all through a plan
-    itself, so it is only looked at while there is none.
+    itself, so it is only looked at while there is none. lost: answers wait for a ring that broke.
     """
     digest = choice.shapes[0].digest if choice.shapes else ""
     profiles = [
@@ -54,7 +56,9 @@ def situation(
     broken = sorted((p.peer_id, p.unreachable) for p in members.here if p.unreachable)
     bars = failures.bars({shape.digest for shape in shapes})
     told = choice.why, choice.newest, choice.passed_over
-    return shapes, told, profiles, bars, broken, sorted(members.leaving), sorted(shaky)
+    drafting = drafts.situation(members.here, members.offers_here, lost)
+    leaving = sorted(members.leaving)
+    return shapes, told, profiles, bars, broken, leaving, sorted(shaky), drafting
 
 
 def news(current: Sequence[Running], split: Split, gain: str, name: Callable[[str], str]) -> str:

@@ -234,6 +234,7 @@ def profile(
         spread_all=config.spread == "all",
         context_wanted=min(config.context, 1 << 31),
         model_wanted=config.model,
+        draft_wanted=config.draft,
         unified_memory=_unified(measured, sys.platform, platform.machine()),
         threads=threads(config),
         cpu_share=share(threads(config), processors()),
