@@ -51,6 +51,7 @@ IMPURE_LIBRARIES = {
 INTRODUCED = {
     # The stage is a process of its own: it opens the files of its windows itself.
     "peer.ring.windows": {"peer.models.manifest", "peer.models.parts"},
+    "peer.ring.drafting": {"peer.models.manifest", "peer.models.parts"},
     # So is the measuring: it reads the shape of the model that it measures with.
     "peer.planning.measure": {
         "peer.models.disk",
@@ -75,7 +76,8 @@ ENGINE_DOORS = {
 }  # fmt: skip
 ENGINE_VALUES = {
     "peer.models.parts", "peer.models.gguf",  # Header, TensorFact, Recipe
-    "peer.ring.windows", "peer.ring.frames",  # Window, Batch
+    "peer.ring.windows", "peer.ring.frames", "peer.ring.drafting",  # Window, Batch
+    "peer.ring.steps",
     "peer.models.kinds", "peer.planning.random_layers", "peer.planning.stopwatch",
 }  # fmt: skip
 
@@ -86,7 +88,7 @@ LIBRARIES = {
     "zmq": {
         "peer/cluster/transport.py", "peer/cluster/sockets.py", "peer/cluster/identity.py",
         "peer/ring/sockets.py", "peer/ring/pipe.py", "peer/ring/stage.py", "peer/ring/head.py",
-        "peer/ring/entry.py",
+        "peer/ring/entry.py", "peer/ring/links.py",
     },
     "aiohttp": {"peer/api/"},
     "rich": {"peer/words/"},
