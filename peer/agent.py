@@ -349,6 +349,7 @@ class Agent:
                 step_s=self.config.timing.step_s,
                 bind="127.0.0.1" if set(self.config.interfaces) == {"127.0.0.1"} else "*",
                 admitted=self._keys(),
+                draft=self.fetching.draft_of(plan.id),
             )
         except OSError as error:
             self._duty(d.Exited(plan.id, f"its process could not be started: {error.strerror}"))

@@ -39,6 +39,7 @@ class Fetching:
         self._config, self._store, self._cluster = config, store, cluster
         self._offers, self._told, self._spawn = offers, told, spawn
         self._tasks: dict[PlanId, asyncio.Task[None]] = {}
+        self._drafts: dict[PlanId, Path] = {}  # folders of models that draft, all of them here
 
     @property
     def running(self) -> bool:
@@ -53,6 +54,7 @@ class Fetching:
 
     def end(self, plan: PlanId) -> None:
         """The plan does not want its parts any more."""
+        self._drafts.pop(plan, None)
         if task := self._tasks.pop(plan, None):
             task.cancel()
 
@@ -74,8 +76,25 @@ class Fetching:
         except (ModelError, PeerError) as error:
             why = str(error)
             log.warning("fetched=no plan=%s because=%s", plan.id, why)
+        if not why and plan.split.draft and plan.head == self._cluster.me:
+            await self._draft(plan, progress)
         self._tasks.pop(plan.id, None)
         self._told(d.Fetched(plan.id, why))
+
+    async def _draft(self, plan: Plan, progress: Callable[[int, int], None]) -> None:
+        """Have all of the model that drafts here. The plan is served without it where it cannot."""
+        digest = plan.split.draft
+        try:
+            manifest = await self.parts(digest, ("head",))
+            await self.parts(digest, [part.name for part in manifest.parts], progress)
+        except (ModelError, PeerError) as error:
+            log.warning("draft=none plan=%s because=%s", plan.id, error)
+        else:
+            self._drafts[plan.id] = self._store.folder(digest)
+
+    def draft_of(self, plan: PlanId) -> Path | None:
+        """The folder of the model that drafts for a plan of which this peer is the head."""
+        return self._drafts.get(plan)
 
     async def parts(
         self,

@@ -52,12 +52,14 @@ class _Stage:
     vitals: Vitals
     step_s: float
     on_gpu: bool
+    draft: str = ""  # folder of the model that drafts in it
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
     news: StageNews | None = None  # as the agent knows them
     lease: Lease | None = None  # from when it is ready
     loaded: asyncio.Event = field(default_factory=asyncio.Event)  # it is ready
     stopping: bool = False
     said: str = ""  # its own reason, where it gave one; or that it hung
+    hung: bool = False
     tasks: list[asyncio.Task[None]] = field(default_factory=list)  # its news, its log, its lease
 
 
@@ -76,6 +78,7 @@ class Supervisor:
         self._bounds = bounds or Bounds()
         self._stages: dict[PlanId, _Stage] = {}
         self._ending: set[asyncio.Task[None]] = set()
+        self._draft_fell: set[str] = set()  # folders of models whose stage crashed or hung
         self._closed = False
 
     async def start(
@@ -88,9 +91,18 @@ class Supervisor:
         step_s: float,
         bind: str,
         admitted: tuple[str, ...],
+        draft: Path | None = None,
     ) -> None:
-        """Start the stage of a plan. Its news and its end come by the callbacks."""
+        """Start the stage of a plan. Its news and its end come by the callbacks.
+
+        draft: the folder of the model that drafts for it. One whose stage crashed or hung does not
+        again while this agent runs: it may be the reason, and a draft must not end a plan.
+        """
         plan = state.plan.id
+        draft_folder = str(draft or "")
+        if draft_folder in self._draft_fell:
+            log.warning("draft=none plan=%s because=a stage crashed with it", plan)
+            draft_folder = ""
         process = await asyncio.create_subprocess_exec(
             *children.command("peer.ring.stage"),
             stdin=asyncio.subprocess.PIPE,
@@ -103,7 +115,7 @@ class Supervisor:
         log.info("stage=started plan=%s pid=%d", plan, process.pid)
         self.stop(plan)  # one that was begun while this one waited to begin
         on_gpu = _on_gpu(state.plan, peer_id)
-        stage = _Stage(state.plan, process, Vitals(process.pid), step_s, on_gpu)
+        stage = _Stage(state.plan, process, Vitals(process.pid), step_s, on_gpu, draft_folder)
         self._stages[plan] = stage
         stage.tasks = [
             asyncio.create_task(self._watch(stage), name=f"stage of plan {plan}"),
@@ -112,9 +124,7 @@ class Supervisor:
         ]
         self.send(
             plan,
-            StageOrder(
-                state, peer_id, str(folder), threads, step_s=step_s, bind=bind, admitted=admitted
-            ),
+            StageOrder(state, peer_id, str(folder), threads, step_s, bind, admitted, draft_folder),
         )
         if self._closed:  # while its process began
             self.stop(plan)
@@ -205,6 +215,8 @@ class Supervisor:
             return
         killed = code == -signal.SIGKILL and not stage.said
         ran_out = killed and await asyncio.to_thread(stage.vitals.killed_for_memory)
+        if stage.draft and (not stage.said or stage.hung):
+            self._draft_fell.add(stage.draft)
         loading = stage.lease is None
         lines = list(stage.lines)
         why = stage.said or why_ended(code, lines, loading=loading, memory_ran_out=ran_out)
@@ -258,7 +270,7 @@ class Supervisor:
 
     def _hung(self, stage: _Stage, why: str) -> None:
         log.error("stage=hung plan=%s pid=%d because=%s", stage.plan.id, stage.process.pid, why)
-        stage.said = why
+        stage.said, stage.hung = why, True
 
         async def end() -> None:
             await self._kill(stage)
