@@ -1,160 +1,81 @@
-"""What the head runs next: slots, chunked prefill, one batch for all decodes. Pure.
+"""What the head runs next: who gets a slot, which steps are on their way, what came around. Pure.
 
-One step is in flight at a time. A step's batch holds one row for every answer that decodes and
-then, up to the plan's batch size, chunks of the prompts that are still to be read, oldest first.
-An answer is admitted when a slot is free and KV cells for its prompt and the next stretch of its
-tokens are. It takes further stretches as it grows; where there is no room left, the answer that
-came last goes back to the front of the queue and is read anew later: none is lost or changed.
+Up to `depth` steps are in flight, one for each stage. An answer is admitted when a slot is free and
+KV cells for its prompt and the next stretch of its tokens are, where possible to a slot that holds
+its beginning already (`ring.slots`). It takes further stretches as it grows; where there is no room
+left, the answer that came last goes back to the front of the queue and is read anew later: none is
+lost or changed. What a step is made of: `ring.batching`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from peer.protocol import Sampling
-from peer.ring.frames import Copy, Draft, Fault, Open, Trim
+from peer.ring import batching
+from peer.ring.batching import Emit, Flying, Job, Key, Step
+from peer.ring.batching import Run as Run
+from peer.ring.frames import Open
+from peer.ring.scheduler_events import Action as Action
+from peer.ring.scheduler_events import Blame as Blame
+from peer.ring.scheduler_events import Cancelled as Cancelled
+from peer.ring.scheduler_events import Deliver as Deliver
+from peer.ring.scheduler_events import Event as Event
+from peer.ring.scheduler_events import Lost as Lost
+from peer.ring.scheduler_events import Refuse as Refuse
+from peer.ring.scheduler_events import Returned as Returned
+from peer.ring.scheduler_events import Submitted as Submitted
+from peer.ring.scheduler_events import Tick as Tick
+from peer.ring.slots import Slot, Slots
+from peer.ring.speculation import Drafter, Speculation
+from peer.ring.tempo import Tempo
 
 WAITING_MAX = 64
 WAITING_OF_ONE_MAX = 32  # of one entry peer, so that it cannot keep all others out
 STRETCH_TOKENS = 512  # KV cells are reserved so many ahead: few answers are ever put back
 ALIVE_S = 5.0  # an answer that waits or is being read gives a sign of life so often
 FAULTY_STEPS = 3  # in a row, without a good number between: the fault is a peer's, no answer's
-
-
-Key = tuple[Hashable, str]
-"""An answer: who asked for it (a connection), and its name there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Submitted:
-    """An entry peer asks for an answer."""
-
-    key: Key
-    ids: NDArray[np.int32]
-    sampling: Sampling
-    tokens_max: int
-    ends: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """Nobody waits for this answer any more."""
-
-    key: Key
-
-
-@dataclass(frozen=True, slots=True)
-class Returned:
-    """A step came around the ring. Fields as in frames.Sampled."""
-
-    step: int
-    tokens: tuple[int, ...]
-    faults: tuple[Fault, ...] = ()
-    taken: tuple[int, ...] = ()
-    spent_s: float = 0.0
-    slowest_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed."""
-
-
-Event = Submitted | Cancelled | Returned | Tick
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Run this step. ids, slots, positions: int32 [rows]; outputs: bool [rows]. drafts: of slots
-    whose last rows are guesses (see frames.Draft)."""
-
-    step: int
-    ids: NDArray[np.int32]
-    slots: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    outputs: NDArray[np.bool_]
-    ops: tuple[Open | Trim | Copy, ...]
-    drafts: tuple[Draft, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """Tokens for the entry peer; `position` is the first one's. finish as in protocol.Tokens.
-
-    Without tokens and finish it is a sign of life.
-    """
-
-    key: Key
-    position: int
-    ids: tuple[int, ...]
-    finish: Literal["", "stop", "length"] = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """The answer does not begin, or does not go on. code as in protocol.Unanswered."""
-
-    key: Key
-    code: Literal["busy", "stale", "invalid", "failed"]
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A step did not come back in time: the ring's state is unknown, the stage must end."""
-
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Blame:
-    """This peer computes numbers that are not finite, whatever it is asked."""
-
-    peer_id: str
-
-
-Action = Run | Deliver | Refuse | Lost | Blame
-
-
-@dataclass(slots=True)
-class _Job:
-    key: Key
-    ids: list[int]
-    sampling: Sampling
-    tokens_left: int
-    ends: frozenset[int]
-    told: float  # when the entry peer last heard of it
-    reserved: int = 0  # KV cells
-    slot: int = -1
-    filled: int = 0  # positions that have been sent into the ring
+OPS_MAX = 512  # in one step; a frame takes twice as many
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """The head's queue. slots, context, kv_cells, batch_tokens: the plan's."""
+    """The head's queue. slots, context, kv_cells, batch_tokens, chunk_tokens: the plan's.
+
+    depth: steps in flight at most: the number of stages; 1 where a step visits them several times.
+    rewinds: see `ring.slots`. speculate: guess tokens where it pays. drafter: a model that guesses.
+    """
 
     slots: int
     context: int
     kv_cells: int
     batch_tokens: int
     step_s: float
-    waiting: deque[_Job] = field(default_factory=deque)
-    running: dict[int, _Job] = field(default_factory=dict)  # by slot, in order of admission
-    late: float | None = None  # when the step in flight is late
+    depth: int = 1
+    chunk_tokens: int = 0
+    rewinds: bool = True
+    speculate: bool = False
+    drafter: Drafter | None = None
+    waiting: deque[Job] = field(default_factory=deque)
+    running: dict[int, Job] = field(default_factory=dict)  # by slot, in order of admission
+    drafted: int = 0  # ids that were guessed, and of them right
+    accepted: int = 0
+    read: int = 0  # ids of prompts that were computed, and that slots held already
+    reused: int = 0
+    tempo: Tempo = field(default_factory=Tempo)
+    _cache: Slots = field(init=False)
+    _flying: deque[Flying] = field(default_factory=deque)
+    _since: float = 0.0  # the oldest step is on its way, and nothing else is awaited
     _steps: int = 0
+    _read_last: bool = False  # the last step was of prompts alone
     _faulty: dict[str, int] = field(default_factory=dict)  # steps in a row, by peer
-    _emits: list[_Job] | None = None  # output rows of the step in flight
-    _ops: list[Open | Trim | Copy] = field(default_factory=list)
-    _free: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._free = list(range(self.slots))
+        self._cache = Slots(self.slots, self.kv_cells, self.rewinds)
 
     @property
     def active(self) -> int:
@@ -162,10 +83,20 @@ class Scheduler:
         return len(self.waiting) + len(self.running)
 
     @property
+    def late(self) -> float | None:
+        """When the oldest step in flight is late."""
+        return self._since + self.step_s if self._flying else None
+
+    @property
     def deadline(self) -> float | None:
         """When a Tick is wanted."""
         signs = [job.told + ALIVE_S for job in (*self.running.values(), *self.waiting)]
         return min([*signs, *([] if self.late is None else [self.late])], default=None)
+
+    def recurrent(self) -> None:
+        """The model keeps states that cannot be taken back: slots are reused whole, or not at all,
+        and nothing is guessed. Told before the first answer comes."""
+        self.rewinds = self._cache.rewinds = self.speculate = False
 
     def step(self, event: Event, now: float) -> list[Action]:
         """Take one event in; what is to be done comes out."""
@@ -180,8 +111,8 @@ class Scheduler:
             case Tick():
                 if self.late is not None and now >= self.late:
                     actions += self._give_up()
-        if self._emits is None:
-            actions += self._next(now)
+        while (run := self._next(now)) is not None:
+            actions.append(run)
         return actions + self._signs(now)
 
     def _signs(self, now: float) -> list[Action]:
@@ -192,6 +123,8 @@ class Scheduler:
         for job in quiet:
             job.told = now
         return [Deliver(job.key, len(job.ids), ()) for job in quiet]
+
+    # Answers come and go --------------------------------------------------------------------
 
     def _submitted(self, event: Submitted, now: float) -> list[Action]:
         length = len(event.ids)
@@ -204,43 +137,202 @@ class Scheduler:
             why = f"{WAITING_OF_ONE_MAX} answers that this peer asked for are waiting already"
             return [Refuse(event.key, "busy", why)]
         self.waiting.append(
-            _Job(event.key, event.ids.tolist(), event.sampling, event.tokens_max, event.ends, now)
+            Job(event.key, event.ids.tolist(), event.sampling, event.tokens_max, event.ends, now)
         )
         return []
 
     def _drop(self, key: Key) -> None:
-        for job in self.waiting:
+        for job in (*self.waiting, *self.running.values()):
             if job.key == key:
-                self.waiting.remove(job)
+                if job.slot is None:
+                    self.waiting.remove(job)
+                else:
+                    self._release(job)
+                if self.drafter is not None:
+                    self.drafter.forget(key)
                 return
-        for job in list(self.running.values()):
-            if job.key == key:
-                self._release(job)
 
-    def _release(self, job: _Job) -> None:
-        del self.running[job.slot]
-        self._ops.append(Trim(job.slot, 0))
-        self._free.append(job.slot)
+    def _release(self, job: Job, forget: bool = False) -> None:
+        """The job's slot is free, and keeps what it holds unless told to forget."""
+        assert job.slot is not None
+        del self.running[job.slot.number]
+        if forget:
+            self._cache.drop(job.slot)
+        else:
+            self._cache.give_back(job.slot, job.slot.length)
+        job.slot = None
+
+    def _put_back(self, job: Job) -> None:
+        """Take the slot away; the answer goes on from its ids when there is room again."""
+        self._release(job, forget=True)
+        job.reading, job.sent = True, 0
+        self.waiting.appendleft(job)
+
+    def _give_up(self) -> list[Action]:
+        why = f"a step did not come around the ring within {self.step_s:.0f} s"
+        jobs = [*self.running.values(), *self.waiting]
+        self.running.clear()
+        self.waiting.clear()
+        self._flying.clear()
+        return [*(Refuse(job.key, "failed", why) for job in jobs), Lost(why)]
+
+    def _stretch(self, job: Job) -> int:
+        """Cells for what the job has and for the next stretch of its tokens."""
+        return min(len(job.ids) + min(job.tokens_left, STRETCH_TOKENS), self.context)
+
+    def _grow(self) -> None:
+        """Give every answer the cells of its next tokens, the oldest first; put back the last ones
+        where there is no room. The oldest always fits: kv_cells hold at least one context."""
+        for job in list(self.running.values()):
+            slot = job.slot
+            if slot is None or len(job.ids) <= slot.cells:
+                continue
+            while not self._cache.grow(slot, self._stretch(job)):
+                last = list(self.running.values())[-1]
+                self._put_back(last)
+                if last is job:
+                    break
+
+    def _admit(self) -> None:
+        for job in list(self.waiting):
+            if not self._cache.free or len(self._cache.ops) >= OPS_MAX:
+                return
+            if self._cache.promised(job.ids):
+                continue  # soon there is more to begin with; others need not wait for that
+            slot = self._cache.take(job.ids, self._stretch(job), fresh=job.doubted)
+            if slot is None:
+                return  # the oldest waits until there is room: nobody starves
+            self.waiting.remove(job)
+            job.slot, job.sent, job.turn = slot, slot.length, job.turn + 1
+            job.began_with = slot.length
+            self.running[slot.number] = job
+            self.reused += slot.length
+            self.read += len(job.ids) - slot.length
+            if self.speculate and job.speculation is None:
+                job.speculation = Speculation(job.ids, self.drafter, job.key)
+            self._cache.ops.append(Open(slot.number, job.sampling, _history(job)))
+
+    # Steps go and come ----------------------------------------------------------------------
+
+    def _next(self, now: float) -> Run | None:
+        """The next step, where one more may be in flight and there is something to run."""
+        jobs = [job for job in self.running.values() if not job.reading]
+        # Chunks follow each other closely while nobody waits for a token between them.
+        if len(self._flying) >= self.depth + (self.depth > 1 and not jobs):
+            return None
+        self._grow()
+        self._admit()
+        jobs = [job for job in self.running.values() if not job.reading]
+        share = -(-len(jobs) // self.depth)
+        ready = sorted((job for job in jobs if job.sent < len(job.ids)), key=lambda j: j.step)
+        ready = ready[: min(share, self.batch_tokens)]
+        prompts = [j for j in self.running.values() if j.reading and j.sent < len(j.ids)]
+        most = min(self.chunk_tokens or self.batch_tokens, self.batch_tokens)
+        chunk = batching.chunk(self.tempo, share, self.depth, most)
+        read = bool(prompts) and not (ready and not chunk.mixed and self._read_last)
+        step = Step(self._steps + 1)
+        for job in ready if chunk.mixed or not read else ():
+            step.decode(job, _slot(job), self._guess(job, jobs, prompts))
+        if read:
+            self._read(step, prompts, min(chunk.rows, self.batch_tokens - step.rows))
+        self._read_last = read
+        return self._begin(step, now) if step.rows else None
+
+    def _read(self, step: Step, prompts: Sequence[Job], rows: int) -> None:
+        """Put so many rows of prompts into the step, the oldest answer's first."""
+        for job in prompts:
+            if rows <= 0:
+                return
+            rows -= step.read(job, _slot(job), rows)
+
+    def _guess(self, job: Job, decoding: Sequence[Job], prompts: Sequence[Job]) -> list[int]:
+        """Only while stages have time for it: more answers than stages fill them already."""
+        if len(decoding) > self.depth or prompts:
+            return []
+        rows = self.batch_tokens - 1
+        return batching.drafted(job, _slot(job), self.tempo, self.context, rows, len(decoding) == 1)
+
+    def _begin(self, step: Step, now: float) -> Run:
+        lone = not self._flying
+        for flying in self._flying:
+            flying.lone = False
+        if lone:
+            self._since = now
+        self._steps = step.number
+        self._flying.append(Flying(step.number, step.rows, now, lone, step.emits, step.carried))
+        self.drafted += sum(len(emit.draft) for emit in step.emits)
+        return step.run(self._cache.flush())
 
     def _returned(self, event: Returned, now: float) -> list[Action]:
-        if event.step != self._steps or self._emits is None:
+        if not self._flying or event.step != self._flying[0].number:
             return []
-        emits, self._emits, self.late = self._emits, None, None
+        flying, self._since = self._flying.popleft(), now
+        if event.spent_s > 0 and flying.rows:
+            elapsed_s = now - flying.began if flying.lone else None
+            self.tempo.observe(flying.rows, event.spent_s, event.slowest_s, elapsed_s)
+        actions = self._faults(event, flying)
+        taken = event.taken or (1,) * len(flying.emits)
+        if len(taken) != len(flying.emits) or sum(taken) != len(event.tokens):
+            return [*actions, Lost("the tail answered with another number of tokens")]
+        at = 0
+        for emit, count in zip(flying.emits, taken, strict=True):
+            tokens, at = event.tokens[at : at + count], at + count
+            if count > 1 + len(emit.draft) or tokens[:-1] != emit.draft[: count - 1]:
+                return [*actions, Lost("the tail accepted what was not guessed")]
+            job = emit.job
+            if job.slot is not None and job.turn == emit.turn:  # else cancelled, broken, put back
+                job.told = now
+                actions.append(self._sampled(job, emit, tokens))
+        return actions
+
+    def _sampled(self, job: Job, emit: Emit, tokens: tuple[int, ...]) -> Deliver:
+        """The answer is so many tokens longer; of its guesses all but the last one were right."""
+        position, slot = len(job.ids), _slot(job)
+        finish: Literal["", "stop", "length"] = ""
+        given: list[int] = []
+        for token in tokens:
+            if token in job.ends:
+                finish = "stop"
+                break
+            given.append(token)
+            if len(given) >= job.tokens_left or position + len(given) >= self.context:
+                finish = "length"
+                break
+        job.ids += given
+        job.tokens_left -= len(given)
+        job.reading = False
+        self.accepted += len(tokens) - 1
+        self._cache.settle(slot, min(emit.length + len(tokens) - 1, len(job.ids)))
+        job.sent = slot.length
+        if job.speculation is not None and not finish:
+            job.speculation.took(given)
+        if finish:
+            self._release(job)
+            if self.drafter is not None:
+                self.drafter.forget(job.key)
+        return Deliver(job.key, position, tuple(given), finish)
+
+    # Numbers that are not finite ------------------------------------------------------------
+
+    def _faults(self, event: Returned, flying: Flying) -> list[Action]:
+        """Answers with such numbers end. One that began with what a slot held already may not be to
+        blame: it is read anew, once, and nothing that was kept is trusted any more."""
         actions: list[Action] = []
         broken = {fault.slot: fault.peer_id for fault in event.faults}
-        for job in list(self.running.values()):
-            if job.slot in broken:
-                why = f"peer {broken[job.slot]} computed numbers that are not finite"
+        for number, peer_id in broken.items():
+            job, turn = flying.carried.get(number, (None, 0))
+            if job is None or job.slot is None or job.turn != turn:
+                continue
+            if job.began_with and not job.doubted:
+                job.doubted = True
+                self._put_back(job)
+            else:
+                why = f"peer {peer_id} computed numbers that are not finite"
                 actions.append(Refuse(job.key, "failed", why))
-                self._release(job)
-        actions += self._blame(broken, [job.slot for job in emits])
-        if len(event.tokens) != len(emits):
-            return [*actions, Lost("the tail answered with another number of tokens")]
-        for job, token in zip(emits, event.tokens, strict=True):
-            if self.running.get(job.slot) is job:  # else cancelled or broken meanwhile
-                job.told = now
-                actions.append(self._sampled(job, token))
-        return actions
+                self._release(job, forget=True)
+        if broken:
+            self._cache.forget()
+        return actions + self._blame(broken, [emit.slot for emit in flying.emits])
 
     def _blame(self, broken: Mapping[int, str], emits: Sequence[int]) -> list[Action]:
         """Count faulty steps. broken: by whom, by slot. emits: slots that a token came for."""
@@ -251,111 +343,13 @@ class Scheduler:
         self._faulty = before | {p: before.get(p, 0) + 1 for p in faulty}
         return [Blame(p) for p in sorted(faulty) if self._faulty[p] == FAULTY_STEPS]
 
-    def _sampled(self, job: _Job, token: int) -> Deliver:
-        position = len(job.ids)
-        if token in job.ends:
-            self._release(job)
-            return Deliver(job.key, position, (), "stop")
-        job.ids.append(token)
-        job.tokens_left -= 1
-        if job.tokens_left <= 0 or len(job.ids) >= self.context:
-            self._release(job)
-            return Deliver(job.key, position, (token,), "length")
-        return Deliver(job.key, position, (token,))
 
-    def _give_up(self) -> list[Action]:
-        why = f"a step did not come around the ring within {self.step_s:.0f} s"
-        jobs = [*self.running.values(), *self.waiting]
-        self.running.clear()
-        self.waiting.clear()
-        self.late = None
-        return [*(Refuse(job.key, "failed", why) for job in jobs), Lost(why)]
-
-    def _stretch(self, job: _Job) -> int:
-        """Cells for what the job has and for the next stretch of its tokens."""
-        return min(len(job.ids) + min(job.tokens_left, STRETCH_TOKENS), self.context)
-
-    def _room(self) -> int:
-        """KV cells that nobody has reserved."""
-        return self.kv_cells - sum(job.reserved for job in self.running.values())
-
-    def _grow(self) -> None:
-        """Give every answer the cells of its next tokens, the oldest first; put back the last ones
-        where there is no room. The oldest always fits: kv_cells hold at least one context."""
-        for job in list(self.running.values()):
-            if self.running.get(job.slot) is not job or len(job.ids) <= job.reserved:
-                continue
-            wanted = self._stretch(job)
-            while self._room() < wanted - job.reserved:
-                last = list(self.running.values())[-1]
-                self._put_back(last)
-                if last is job:
-                    break
-            else:
-                job.reserved = wanted
-
-    def _put_back(self, job: _Job) -> None:
-        """Take the slot away; the answer goes on from its ids when there is room again."""
-        self._release(job)
-        job.slot, job.filled, job.reserved = -1, 0, 0
-        self.waiting.appendleft(job)
-
-    def _admit(self) -> None:
-        while self.waiting and self._free:
-            job = self.waiting[0]
-            if self._room() < self._stretch(job):
-                return  # the oldest waits until there is room: nobody starves
-            self.waiting.popleft()
-            job.reserved = self._stretch(job)
-            job.slot = min(self._free)
-            self._free.remove(job.slot)
-            self.running[job.slot] = job
-            self._ops.append(Open(job.slot, job.sampling, _history(job)))
-
-    def _next(self, now: float) -> list[Action]:
-        self._grow()
-        self._admit()
-        room = self.batch_tokens
-        rows: list[tuple[_Job, int]] = []  # job, rows of it
-        jobs = list(self.running.values())
-        for job in sorted(jobs, key=lambda job: len(job.ids) - job.filled > 1):  # decodes first
-            take = min(len(job.ids) - job.filled, room)
-            if take > 0:
-                rows.append((job, take))
-                room -= take
-        if not rows and not self._ops:
-            return []
-        self._steps += 1
-        self._emits = []
-        ids: list[int] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        outputs: list[bool] = []
-        for job, take in rows:
-            end = job.filled + take
-            ids += job.ids[job.filled : end]
-            slots += [job.slot] * take
-            positions += range(job.filled, end)
-            outputs += [False] * take
-            job.filled = end
-            if end == len(job.ids):
-                outputs[-1] = True
-                self._emits.append(job)
-        ops, self._ops = tuple(self._ops), []
-        self.late = now + self.step_s
-        return [
-            Run(
-                self._steps,
-                np.array(ids, np.int32),
-                np.array(slots, np.int32),
-                np.array(positions, np.int32),
-                np.array(outputs, np.bool_),
-                ops,
-            )
-        ]
+def _slot(job: Job) -> Slot:
+    assert job.slot is not None
+    return job.slot
 
 
-def _history(job: _Job) -> bytes:
+def _history(job: Job) -> bytes:
     """The ids that penalties look back on; nothing where there are none to pay."""
     chosen = job.sampling
     if (
