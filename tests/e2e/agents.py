@@ -257,6 +257,22 @@ class House:
         assert not alive, f"outlived their agents: {[_words(p) for p in alive]}"
 
     @contextlib.contextmanager
+    def whole(self, model: str) -> Iterator[None]:
+        """Begin with all agents serving this model, and nothing left of older plans; what they log
+        meanwhile goes to stdout."""
+        with self.watched():
+            for agent in self.agents:
+                if not agent.runs:
+                    self.start(agent)
+            self.serving(model=model)
+            until(self.one_stage_each, 15, "older plans are over")
+            yield
+
+    def one_stage_each(self) -> bool:
+        """Whether nothing is left of older plans."""
+        return all(len(agent.processes(STAGE)) == 1 for agent in self.agents)
+
+    @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """What the agents log meanwhile goes to stdout, which a failing test shows."""
         before = {agent.number: len(agent.text()) for agent in self.agents}

@@ -70,18 +70,8 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ring]:
 @pytest.fixture(autouse=True)
 def whole(ring: Ring) -> Iterator[None]:
     """Every test begins with a whole ring; a failing one shows what its agents logged."""
-    with ring.watched():
-        for agent in ring.agents:
-            if not agent.runs:
-                ring.start(agent)
-        ring.serving(model=MODEL)
-        until(lambda: one_stage_each(ring.agents), 15, "older plans are over")
+    with ring.whole(MODEL):
         yield
-
-
-def one_stage_each(agents: Sequence[Agent]) -> bool:
-    """Whether nothing is left of older plans."""
-    return all(len(agent.processes(STAGE)) == 1 for agent in agents)
 
 
 def pids(agents: Sequence[Agent]) -> list[int]:
@@ -213,4 +203,4 @@ def test_a_silent_peer_is_noticed_and_comes_back(ring: Ring, role: str) -> None:
                 os.kill(pid, signal.SIGCONT)
     ring.serving()
     ring.answers_rightly(*ring.agents)
-    until(lambda: one_stage_each(ring.agents), 15, "older plans are over")
+    until(ring.one_stage_each, 15, "older plans are over")

@@ -20,7 +20,7 @@ from peer.leaving import REFUSED
 from tests import fake_models
 from tests.conftest import Until
 from tests.e2e import agents
-from tests.e2e.agents import CHECKOUT, STAGE, Agent, House
+from tests.e2e.agents import CHECKOUT, Agent, House
 from tests.e2e.answers import Answer, chat, told
 from tests.small_bus import SmallBus
 
@@ -67,18 +67,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 @pytest.fixture(autouse=True)
 def whole(home: Home) -> Iterator[None]:
     """Every test begins with a whole ring; a failing one shows what its agents logged."""
-    with home.watched():
-        for agent in home.agents:
-            if not agent.runs:
-                home.start(agent)
-        home.serving(model=MODEL)
-        agents.until(lambda: one_stage_each(home), 15, "older plans are over")
+    with home.whole(MODEL):
         yield
-
-
-def one_stage_each(home: House) -> bool:
-    """Whether nothing is left of older plans."""
-    return all(len(agent.processes(STAGE)) == 1 for agent in home.agents)
 
 
 def chosen(home: House, role: str) -> Agent:
