@@ -158,6 +158,16 @@ def test_a_plan_is_made_anew_when_the_draft_model_was_pulled() -> None:
     assert (newest.shape.model, newest.split.draft) == ("big", SMALL.digest)
 
 
+def test_a_plan_is_made_anew_when_somebody_begins_to_wish_for_a_draft_model() -> None:
+    world = World(A, B, offers={A: [offer(BIG), offer(SMALL, 0.5)]})
+    assert world.serve().plan.split.draft == ""
+    world.wait(5.0)
+    world.profiles[B] = profile(B, draft_wanted="small-one")
+    world.members()
+    world.wait(5.0)
+    assert world.plans.states[-1].plan.split.draft == SMALL.digest
+
+
 def test_after_a_loss_answers_go_on_without_a_draft_model_that_comes_once_they_do() -> None:
     world = World(A, B, C, offers={p: [offer(BIG)] for p in (A, B, C)})
     world.offers[A] = [offer(BIG), offer(SMALL)]
@@ -171,6 +181,8 @@ def test_after_a_loss_answers_go_on_without_a_draft_model_that_comes_once_they_d
     assert second.plan.head == B, "else nothing is shown here: A has the draft model"
     assert second.plan.split.draft == ""
     assert "drafts once machine-b has it" in second.why
+    world.wait(5.0)  # while it loads, nothing changes
+    assert world.phases == {"3.2": "loading"}
     world.obey()
     world.wait(TIMING.settle_s)
     assert [state.phase for state in world.plans.states] == ["serving", "loading"]
