@@ -79,6 +79,9 @@ explain_pip() {
     "run the same command again when the cause is gone; what is built is kept"
 }
 
+# The tap in C of this checkout: built by pip, and again here when its source is a newer one.
+make_tap() { "$venv/bin/python" -IS "$root/backends/llama_cpp/tap_library.py"; }
+
 # make_venv EXTRAS: .venv with the project in it (editable), and its extras, such as llama,test.
 make_venv() {
   extras=$1
@@ -86,7 +89,10 @@ make_venv() {
   mark="$(cksum <"$root/pyproject.toml") $root"
   if [ -x "$venv/bin/halka" ] && "$venv/bin/python" -c '' 2>/dev/null; then
     for done in "$stamp" "$stamp,test"; do
-      if [ "$(cat "$done" 2>/dev/null)" = "$mark" ]; then return 0; fi
+      if [ "$(cat "$done" 2>/dev/null)" = "$mark" ]; then
+        make_tap
+        return 0
+      fi
     done
   fi
   if ! python_fits "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -108,5 +114,6 @@ make_venv() {
     explain_pip
   }
   stop_ticker
+  make_tap
   printf '%s' "$mark" >"$stamp"
 }

@@ -117,6 +117,10 @@ class Library:
     journal: Journal
     keep_alive: tuple[Any, ...]
 
+    def function(self, name: str, result: Any, *arguments: Any) -> Any:
+        """A function of libllama or ggml, with types of our choice beside the bindings' own."""
+        return ctypes.CFUNCTYPE(result, *arguments)((name, self.llama._lib))
+
     def to_float(self, type_number: int) -> Any:
         """ggml's dequantiser of a type: f(source, float32 target, elements). None for F32."""
         traits = ctypes.cast(

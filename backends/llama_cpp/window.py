@@ -21,7 +21,7 @@ from backends.base import BackendFault, Batch, Footprint, Settings, Window
 from backends.llama_cpp.embedding import Embedding
 from backends.llama_cpp.library import Library
 from backends.llama_cpp.rules import overwritten, token_scale
-from backends.llama_cpp.tap import Tap
+from backends.llama_cpp.tap import Tap, best
 
 _ROPE_WITH_SECTIONS = (8, 40)  # llama.h: LLAMA_ROPE_TYPE_MROPE, _IMROPE: four positions a token
 _FAILURES = {
@@ -29,6 +29,8 @@ _FAILURES = {
     2: ("failed", "the computation was aborted"),
     -1: ("refused", "libllama refused the batch"),
 }
+# Below it, a copy of the input costs less than asking numpy for its address (measured: 0.5 µs).
+_WORTH_POINTING_BYTES = 1 << 16
 
 
 def offloaded(gpu_layers: int) -> int:
@@ -40,12 +42,29 @@ def offloaded(gpu_layers: int) -> int:
     return gpu_layers + 1 if gpu_layers > 0 else gpu_layers
 
 
+class Rows(ctypes.Structure):
+    """llama.h: struct llama_batch, its pointers as plain addresses: no object a step for each."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.c_void_p),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.c_void_p),
+        ("n_seq_id", ctypes.c_void_p),
+        ("seq_id", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+    )
+
+
 class LoadedWindow:
     """Owns one model and one context; `close` frees both."""
 
     def __init__(self, library: Library, settings: Settings, window: Window) -> None:
         self._library, self._llama = library, library.llama
         self._settings = settings
+        # Addresses in, an address out: the bindings' own would make an object of each pointer.
+        self._decode = library.function("llama_decode", ctypes.c_int32, ctypes.c_void_p, Rows)
+        self._logits_of = library.function("llama_get_logits", ctypes.c_void_p, ctypes.c_void_p)
         self._token_scale = np.float32(token_scale(window.header))
         self._first, self._last = window.is_first, window.is_last
         self._model: Any = None
@@ -97,8 +116,8 @@ class LoadedWindow:
         layers = 0 if self._last else window.last - window.first
         name = overwritten(window.header, window.first)
         if layers or name:
-            self._tap = Tap(self._library, layers, self.hidden, settings.batch_tokens, name)
-            params.cb_eval = self._tap.callback
+            self._tap = best()(self._library, layers, self.hidden, settings.batch_tokens, name)
+            params.cb_eval, params.cb_eval_user_data = self._tap.callback, self._tap.user_data
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise BackendFault(
@@ -136,26 +155,25 @@ class LoadedWindow:
         self._positions = np.zeros(4 * rows, dtype=np.int32)
         self._sequences = np.zeros(rows, dtype=np.int32)
         self._counts = np.ones(rows, dtype=np.int32)
-        self._wanted = np.zeros(rows, dtype=np.int8)
+        # A window that is not the last owes every row; its last layer drops those not wanted.
+        self._wanted = np.ones(rows, dtype=np.int8)
         self._input = np.zeros((rows, self.hidden), dtype=np.float32)
+        self._input_address = self._input.ctypes.data
+        self._ids = np.zeros(rows, dtype=np.int32)
         address = self._sequences.ctypes.data
         self._pointers = np.arange(address, address + 4 * rows, 4, dtype=np.uint64)
-        batch = self._llama.llama_batch()
-        fields: dict[str, Any] = dict(self._llama.llama_batch._fields_)
-
-        def pointer(field: str, array: NDArray[Any]) -> None:
-            setattr(batch, field, ctypes.cast(array.ctypes.data, fields[field]))
-
-        pointer("pos", self._positions)
-        pointer("n_seq_id", self._counts)
-        pointer("seq_id", self._pointers)
-        pointer("logits", self._wanted)
-        self._ids = np.zeros(rows, dtype=np.int32)
+        batch = Rows()
+        batch.pos = self._positions.ctypes.data
+        batch.n_seq_id = self._counts.ctypes.data
+        batch.seq_id = self._pointers.ctypes.data
+        batch.logits = self._wanted.ctypes.data
         if self._native:
-            pointer("token", self._ids)
+            batch.token = self._ids.ctypes.data
         else:
-            pointer("embd", self._input)
+            batch.embd = self._input_address
         self._batch = batch
+        self._nothing = np.empty((0, self._vocabulary if self._last else self.hidden), np.float32)
+        self._logits_at, self._logits_seen = 0, self._nothing
 
     @property
     def footprint(self) -> Footprint:
@@ -179,7 +197,7 @@ class LoadedWindow:
         if x.shape != shape or len(batch.positions) != tokens or len(batch.outputs) != tokens:
             raise BackendFault(f"the window's input has shape {x.shape}, not {shape}", "refused")
         if tokens == 0:
-            return np.empty((0, self._vocabulary if self._last else self.hidden), np.float32)
+            return self._nothing
         if not self._one_sequence:
             return self._step(batch.slots, batch.positions, batch.outputs, x)
         result = self._by_sequence(batch, x)
@@ -209,45 +227,55 @@ class LoadedWindow:
     ) -> NDArray[np.float32]:
         """One llama_decode."""
         tokens = len(slots)
-        self._fill_input(tokens, x)
+        address = self._place_input(tokens, x)
         self._sequences[:tokens] = slots
         self._positions[:tokens] = positions
         if self._planes == 4 and not self._native:  # p, p, p, 0: what libllama gives token ids
             planes = self._positions[: 4 * tokens].reshape(4, tokens)
             planes[1:3] = positions
             planes[3] = 0
-        # A window that is not the last owes every row; its last layer drops those not wanted.
-        self._wanted[:tokens] = outputs if self._last else 1
+        if self._last:
+            self._wanted[:tokens] = outputs
         self._batch.n_tokens = tokens
-        self._library.journal.complaints.clear()
         if self._tap is not None:
-            self._tap.begin(self._input[:tokens])
-        code = self._llama.llama_decode(self._context, self._batch)
+            self._tap.begin(tokens, address)
+        code = self._decode(self._context, self._batch)
         if code != 0:
             kind, why = _FAILURES.get(code, ("failed", f"the computation failed (code {code})"))
             raise BackendFault(f"{why}: {self._library.journal.cause()}", kind)
         if self._tap is not None:
-            rows = self._tap.end(slots)
+            rows = self._tap.end(tokens, slots)
             if not self._last:
                 return rows
         return self._logits(int(np.count_nonzero(outputs)))
 
-    def _fill_input(self, tokens: int, x: NDArray[Any]) -> None:
+    def _place_input(self, tokens: int, x: NDArray[Any]) -> int:
+        """Put a step's input where libllama finds it. Returns its address."""
         if self._native:
             self._ids[:tokens] = x
-        elif self._embedding is not None:
-            rows = self._embedding.rows(x, self._input)
+            return 0
+        address = self._input_address
+        if self._embedding is not None:
+            self._embedding.rows(x.tolist(), address)
             if self._token_scale != 1:
-                rows *= self._token_scale
+                self._input[:tokens] *= self._token_scale
+        elif x.nbytes >= _WORTH_POINTING_BYTES and x.dtype == np.float32 and x.flags.c_contiguous:
+            address = x.ctypes.data  # libllama copies what it points at, and only reads it
         else:
             self._input[:tokens] = x
+        self._batch.embd = address
+        return address
 
     def _logits(self, rows: int) -> NDArray[np.float32]:
         """[rows, vocabulary], in the order of the batch's rows with outputs; libllama's memory."""
         if rows == 0:
-            return np.empty((0, self._vocabulary), dtype=np.float32)
-        address = self._llama.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(address, shape=(rows, self._vocabulary))
+            return self._nothing
+        address = self._logits_of(self._context)
+        if address != self._logits_at or rows != len(self._logits_seen):
+            seen: Any = (ctypes.c_float * (rows * self._vocabulary)).from_address(address)
+            self._logits_seen = np.frombuffer(seen, np.float32).reshape(rows, self._vocabulary)
+            self._logits_at = address
+        return self._logits_seen
 
     def trim(self, slot: int, position: int) -> None:
         """See Backend.trim."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from backends.base import BackendFault, Batch, Settings, Window
-from backends.llama_cpp import ENGINE
+from backends.llama_cpp import ENGINE, tap
 from tests.plain_llama import PlainLlama
 from tests.random_models import write
 from tests.rule_models import MODELS
@@ -87,6 +87,7 @@ def _story(run: Any, trim: Any, copy: Any, words: int) -> list[np.ndarray[Any, A
     return seen
 
 
+@pytest.mark.parametrize("tapped", [tap.TapInC, tap.Tap], ids=["c", "python"])
 @pytest.mark.parametrize(
     ("name", "edges"),
     [
@@ -100,8 +101,14 @@ def _story(run: Any, trim: Any, copy: Any, words: int) -> list[np.ndarray[Any, A
     ],
 )
 def test_four_sequences_with_rollbacks_and_copies_equal_the_whole_model(
-    tmp_path: Path, stored: Stored, name: str, edges: tuple[int, ...]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: Stored,
+    name: str,
+    edges: tuple[int, ...],
+    tapped: type[tap.Tap],
 ) -> None:
+    monkeypatch.setattr("backends.llama_cpp.window.best", lambda: tapped)
     model, path = stored, smollm2()
     if name != "smollm2":
         path = write(MODELS[name], tmp_path / "model.gguf")
