@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One answer to make. ids: its prompt."""
+    """One answer to make. ids: its prompt. endless: end tokens do not end it."""
 
     index: int
     request_id: str
@@ -35,6 +35,7 @@ class Job:
     sampling: Sampling
     tokens_max: int
     stops: tuple[str, ...]
+    endless: bool = False
 
 
 class Sink(Protocol):
@@ -70,7 +71,7 @@ async def make(service: Service, job: Job, sink: Sink, pause_s: float) -> Finish
         job.ids,
         job.sampling,
         job.tokens_max,
-        tuple(sorted(job.words.ends)),
+        () if job.endless else tuple(sorted(job.words.ends)),
     )
     async with aclosing(paced(pieces, pause_s)) as steps:
         async for piece in steps:

@@ -222,7 +222,8 @@ def _jobs(
             index = len(jobs)
             sampling = msgspec.structs.replace(wish.sampling, seed=(seed + choice) & _SEED_MASK)
             name = f"{shape.id}-{index}"
-            jobs.append(Job(index, name, model.id, words, ids, sampling, tokens_max, wish.stops))
+            of = (index, name, model.id, words, ids, sampling, tokens_max, wish.stops)
+            jobs.append(Job(*of, endless=wish.endless))
     return jobs
 
 

@@ -35,7 +35,10 @@ _NUMBERS = (
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What chats and completions have in common. seed None: draw one. tokens_max None: no limit."""
+    """What chats and completions have in common. seed None: draw one. tokens_max None: no limit.
+
+    endless: an end token does not end an answer: what measures wants as many tokens as it asks for.
+    """
 
     model: str
     sampling: Sampling
@@ -45,6 +48,7 @@ class Wish:
     choices: int
     stream: bool
     include_usage: bool
+    endless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,7 @@ def _common(body: dict[str, Any], tokens_max: int | None) -> Wish:
         choices=_integer(body, "n", 1, CHOICES_MAX) or 1,
         stream=stream,
         include_usage=_boolean(options or {}, "include_usage", "stream_options.include_usage"),
+        endless=_boolean(body, "ignore_eos"),  # as other servers call it
     )
 
 
