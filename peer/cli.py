@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     pull = _word(words, "pull", "get a model: a GGUF file, or smollm2")
     pull.add_argument("model", help="path of a GGUF file, or smollm2 (a small one, to try halka)")
     _plan(_word(words, "plan", "who runs which layers, and why; what if"))
+    _bench(_word(words, "bench", "how fast the ring is, and the whole model in one process"))
     _word(words, "leave", "stop this machine's agent once others have taken over; Ctrl-C: stay")
     return top
 
@@ -190,6 +191,11 @@ def _plan(word: argparse.ArgumentParser) -> None:
     add("--model", metavar="MODEL", help="its id, a GGUF file, or SIZE:QUANT such as 70B:q4_k_m")
     add("--profiles", metavar="FILE", help="plan off line, with peers from TOML or saved JSON")
     add("--save", metavar="FILE", help="write all that is planned with, as JSON for --profiles")
+
+
+def _bench(word: argparse.ArgumentParser) -> None:
+    _as_json(word)
+    word.add_argument("--quick", action="store_true", help="less than a minute; rough numbers")
 
 
 def _as_json(word: argparse.ArgumentParser) -> None:

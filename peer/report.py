@@ -133,9 +133,18 @@ def _timed(agent: Agent, shown: PlanState) -> TimedRing:
     reports = {p: _report(agent, p, shown) for p in shown.plan.ring}
     timed = {p: told.timed for p, told in reports.items() if told and told.timed}
     head = timed.get(shown.plan.head)
+    told = reports.get(shown.plan.head)
     return TimedRing(
         head.tpot_s if head else 0.0,
-        {p: TimedPeer(took.decode_s, took.prefill_s) for p, took in timed.items()},
+        {
+            p: TimedPeer(took.decode_s, took.prefill_s, took.wait_s, took.send_s)
+            for p, took in timed.items()
+        },
+        drafted=head.drafted if head else 0,
+        accepted=head.accepted if head else 0,
+        read=head.read if head else 0,
+        reused=head.reused if head else 0,
+        active=told.active if told else 0,
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,10 +102,16 @@ class Agent:
             raise CommandError(f"the agent's answer to {path} has no end")
         return response.status, data
 
-    def events(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+    def events(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        opened: Callable[[socket.socket], None] = lambda connection: None,
+    ) -> Generator[dict[str, Any], None, None]:
         """The data of server-sent events, up to [DONE] or the connection's end.
 
         Closing the iterator closes the connection, which tells the agent that nobody listens.
+        opened: told of the connection, which another thread may shut down to end the events.
         Raises: CommandError, with the agent's own words where it sent an error.
         """
         data = json.dumps(body).encode()
@@ -112,6 +119,7 @@ class Agent:
         with closing(self._connect()) as connection:
             try:
                 connection.sock.settimeout(SILENCE_S)
+                opened(connection.sock)
                 connection.request("POST", path, data, headers)
                 response = connection.getresponse()
                 if response.status != 200:

@@ -17,17 +17,32 @@ from peer.planning.profile import PEERS_MAX, ModelShape, PeerId, Profile, Second
 
 
 class TimedPeer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a stage really took lately: for a token, and for each row of a prefill; 0: not seen."""
+    """What a stage really took lately: for a token, and for each row of a prefill; 0: not seen.
+
+    wait_s, send_s: for a token, waiting for its frame and sending it on.
+    """
 
     decode_s: Seconds = 0.0
     prefill_s: Seconds = 0.0
+    wait_s: Seconds = 0.0
+    send_s: Seconds = 0.0
 
 
 class TimedRing(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the plan shown really took. tpot_s: from token to token of one answer; 0: not seen."""
+    """What the plan shown really took. tpot_s: from token to token of one answer; 0: not seen.
+
+    drafted, accepted: ids that were guessed, and of them right. read, reused: ids of prompts that
+    were computed, and that were in a slot already. All since the plan began, as its head counts.
+    active: answers that run or wait in the ring, as its head told last.
+    """
 
     tpot_s: Seconds = 0.0
     peers: dict[PeerId, TimedPeer] = {}
+    drafted: int = 0
+    accepted: int = 0
+    read: int = 0
+    reused: int = 0
+    active: int = 0
 
 
 class KnownModel(msgspec.Struct, frozen=True):
