@@ -8,6 +8,7 @@ Nothing here is trusted: every size is checked against the plan before an array 
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from peer.protocol import IDS_BYTES_MAX, Sampling, Token
 HEADER_BYTES_MAX = IDS_BYTES_MAX + (1 << 20)  # an Open that looks back on a whole context
 DRAFT_TOKENS_MAX = 64  # guessed for one slot in one step
 ROW_BYTES = 9  # of the index: slot, position, output
+_ONE_ROW = struct.Struct("=iiB")
 
 _Slot = Annotated[int, msgspec.Meta(ge=0, le=255)]
 _Position = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
@@ -113,11 +115,13 @@ class Sampled(msgspec.Struct, frozen=True, tag_field="f", tag="sampled", omit_de
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A header with its rows and their activations, float32 [rows, hidden]."""
+    """A header with its rows and their activations, float32 [rows, hidden]. index: the rows' as it
+    came, to be sent on."""
 
     header: FrameHeader
     batch: Batch
     x: NDArray[np.float32]
+    index: memoryview
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -133,7 +137,9 @@ def pack_index(batch: Batch) -> bytes:
     )
 
 
-def encode_frame(header: FrameHeader, index: bytes, x: NDArray[np.float32]) -> list[Any]:
+def encode_frame(
+    header: FrameHeader, index: bytes | memoryview, x: NDArray[np.float32]
+) -> list[Any]:
     """The multipart message. The activations are handed over without a copy."""
     return [_encoder.encode(header), index, np.ascontiguousarray(x).reshape(-1).view(np.uint8).data]
 
@@ -143,8 +149,8 @@ def encode_sampled(sampled: Sampled) -> list[bytes]:
     return [_encoder.encode(sampled)]
 
 
-def decode(parts: list[memoryview], plan: Plan) -> Frame | Sampled:
-    """What came in, checked against the plan.
+def decode(parts: list[memoryview], plan: Plan, vocabulary: int = 0) -> Frame | Sampled:
+    """What came in, checked against the plan. vocabulary: ids below it exist; 0: not known.
 
     Raises: StalePlan for another plan's frames, ProtocolError for anything that does not fit.
     """
@@ -159,14 +165,18 @@ def decode(parts: list[memoryview], plan: Plan) -> Frame | Sampled:
     if isinstance(header, Sampled):
         if len(parts) != 1:
             raise ProtocolError("sampled tokens with more than one part")
+        if header.taken and sum(header.taken) != len(header.tokens):
+            raise ProtocolError("the slots' shares are not the tokens that came")
         _check_faults(header.faults, plan)
         return header
     if len(parts) != 3:
         raise ProtocolError("a frame without its index or activations")
-    return _frame(header, parts[1], parts[2], plan)
+    return _frame(header, parts[1], parts[2], plan, vocabulary)
 
 
-def _frame(header: FrameHeader, index: memoryview, data: memoryview, plan: Plan) -> Frame:
+def _frame(
+    header: FrameHeader, index: memoryview, data: memoryview, plan: Plan, vocabulary: int
+) -> Frame:
     split, rows = plan.split, header.rows
     if header.hidden != plan.shape.hidden:
         raise ProtocolError(f"hidden size {header.hidden}, the model's is {plan.shape.hidden}")
@@ -177,23 +187,59 @@ def _frame(header: FrameHeader, index: memoryview, data: memoryview, plan: Plan)
     slots = np.frombuffer(index, np.int32, rows)
     positions = np.frombuffer(index, np.int32, rows, rows * 4)
     flags = np.frombuffer(index, np.uint8, rows, rows * 8)
-    if rows and (
+    if rows == 1 and not header.drafts:  # what most frames are: a token of an answer alone
+        slot, position, flag = _ONE_ROW.unpack(index)
+        if not (0 <= slot < split.slots and 0 <= position < split.context and flag <= 1):
+            raise ProtocolError("a slot, position or flag out of range")
+    elif rows:
+        _check_rows(slots, positions, flags, plan)
+        _check_outputs(header.drafts, slots, flags, vocabulary)
+    elif header.drafts:
+        raise ProtocolError("guesses without rows")
+    if header.ops:
+        _check_ops(header.ops, plan)
+    _check_faults(header.faults, plan)
+    batch = Batch(slots, positions, flags.view(np.bool_))
+    x = np.frombuffer(data, np.float32).reshape(rows, header.hidden)
+    return Frame(header, batch, x, index)
+
+
+def _check_rows(
+    slots: NDArray[np.int32], positions: NDArray[np.int32], flags: NDArray[np.uint8], plan: Plan
+) -> None:
+    if (
         int(slots.min()) < 0
-        or int(slots.max()) >= split.slots
+        or int(slots.max()) >= plan.split.slots
         or int(positions.min()) < 0
-        or int(positions.max()) >= split.context
+        or int(positions.max()) >= plan.split.context
         or int(flags.max()) > 1
     ):
         raise ProtocolError("slots, positions or flags out of range")
     same = slots[1:] == slots[:-1]
     if not np.array_equal(positions[1:][same], positions[:-1][same] + 1):
         raise ProtocolError("the rows of a slot are not consecutive")
-    if 1 + int(np.count_nonzero(~same)) != len(np.unique(slots)) and rows:
+    if 1 + int(np.count_nonzero(~same)) != len(set(slots.tolist())):
         raise ProtocolError("the rows of a slot are scattered")
-    _check_ops(header.ops, plan)
-    _check_faults(header.faults, plan)
-    batch = Batch(slots, positions, flags.view(np.bool_))
-    return Frame(header, batch, np.frombuffer(data, np.float32).reshape(rows, header.hidden))
+
+
+def _check_outputs(
+    drafts: tuple[Draft, ...], slots: NDArray[np.int32], flags: NDArray[np.uint8], vocabulary: int
+) -> None:
+    """Only the last row of a slot is answered, and of one with a draft so many more before it."""
+    ends = np.flatnonzero(np.append(slots[1:] != slots[:-1], True))
+    expected = np.zeros_like(flags)
+    expected[ends] = flags[ends]
+    last = dict(zip(slots[ends].tolist(), ends.tolist(), strict=True))
+    for draft in drafts:
+        count, end = len(draft.ids) // 4, last.pop(draft.slot, -1)
+        if len(draft.ids) % 4 or end < count or int(slots[end - count]) != draft.slot:
+            raise ProtocolError("guesses for a slot without as many rows, or twice for one")
+        ids = np.frombuffer(draft.ids, np.int32)
+        if int(ids.min()) < 0 or (vocabulary and int(ids.max()) >= vocabulary):
+            raise ProtocolError("guesses that are not among the model's ids")
+        expected[end - count : end + 1] = 1
+    if not np.array_equal(flags, expected):
+        raise ProtocolError("answers are wanted of other rows than the last of their slots")
 
 
 def _check_ops(ops: tuple[Open | Trim | Copy, ...], plan: Plan) -> None:

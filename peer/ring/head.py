@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Collection, Hashable
 from typing import Any, cast
 
 import numpy as np
 import zmq
 
-from peer.errors import HalkaError, ProtocolError
+from peer.errors import ProtocolError
 from peer.planning.plan import Plan
 from peer.protocol import (
     MESSAGE_BYTES_MAX,
@@ -23,32 +24,44 @@ from peer.protocol import (
     encode,
 )
 from peer.ring import scheduler as schedule
+from peer.ring.links import Broken
 from peer.ring.sockets import as_server
 
 log = logging.getLogger("halka.stage")
 
 _LAST_WORDS_MS = 200  # to reach entry peers when the stage ends
 
-
-class Broken(HalkaError):
-    """The ring's state is not what the head believes; only a new ring can answer rightly."""
+_Key = tuple[Hashable, str]  # whose answer it is: a connection, and its name there
 
 
 class Head:
-    """Takes answers in, hands tokens out. `todo` is the next step to run, or None."""
+    """Takes answers in, hands tokens out. `todo`: steps to be run next, in order.
+
+    What entry peers are told waits for `deliver`, which keeps it in order, so that the next step
+    can be sent on its way first.
+    """
 
     def __init__(
         self, context: zmq.Context[Any], public: bytes, secret: bytes, plan: Plan, step_s: float
     ) -> None:
         self.plan = plan
         split = plan.split
+        one_round = len(split.windows) == len(plan.ring)  # else see Steps.may_begin
         self.scheduler = schedule.Scheduler(
-            split.slots, split.context, split.kv_cells, split.batch_tokens, step_s
+            split.slots,
+            split.context,
+            split.kv_cells,
+            split.batch_tokens,
+            step_s,
+            depth=len(plan.ring) if one_round else 1,
+            chunk_tokens=split.chunk_tokens,
+            speculate=split.speculation == "auto",
         )
         self.socket = context.socket(zmq.ROUTER)
         as_server(self.socket, public, secret, "submit", MESSAGE_BYTES_MAX)
         self.socket.router_mandatory = True
-        self.todo: schedule.Run | None = None
+        self.todo: deque[schedule.Run] = deque()
+        self._untold: deque[tuple[_Key, Message]] = deque()
         self._keys: dict[bytes, str] = {}  # of the agents behind connections, as ZAP found them
         self.vocabulary = 0  # token ids below it exist; set once the windows are loaded
         self.dropped = 0
@@ -83,7 +96,7 @@ class Head:
         if message.plan != self.plan.id:
             why = f"plan {message.plan} is over, {self.plan.id} is served here"
             # In the name of the plan that was asked for: an answer takes word of no other.
-            self._reply(key, lambda request: Unanswered(request, message.plan, "stale", why))
+            self._untold.append((key, Unanswered(key[1], message.plan, "stale", why)))
         elif ids is None or (
             len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary
         ):
@@ -122,29 +135,31 @@ class Head:
         plan = self.plan.id
         match action:
             case schedule.Run():
-                self.todo = action
+                self.todo.append(action)
             case schedule.Deliver(key, position, ids, finish):
-                self._reply(key, lambda request: Tokens(request, plan, position, ids, finish))
+                self._untold.append((key, Tokens(key[1], plan, position, ids, finish)))
             case schedule.Refuse(key, code, why):
-                self._reply(key, lambda request: Unanswered(request, plan, code, why[:1000]))
+                self._untold.append((key, Unanswered(key[1], plan, code, why[:1000])))
             case schedule.Blame(peer_id):
                 self.blamed = peer_id
                 log.error("blamed=%s because=not_finite", peer_id)
             case schedule.Lost(why):
                 raise Broken(why)
 
-    def _reply(self, key: Any, make: Callable[[str], Message]) -> None:
-        """To the entry peer that owns the answer; if it is gone, so is the answer."""
-        owner, request = key
-        try:
-            self.socket.send_multipart([owner, encode(make(request))], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            self.take(schedule.Cancelled(key))
+    def deliver(self) -> None:
+        """Tell the entry peers what is theirs; where one is gone, so is its answer."""
+        while self._untold:
+            key, message = self._untold.popleft()
+            try:
+                self.socket.send_multipart([cast(bytes, key[0]), encode(message)], zmq.NOBLOCK)
+            except zmq.ZMQError:
+                self.take(schedule.Cancelled(key))
 
     def fail_all(self, why: str) -> None:
         """Tell every entry peer that its answers end here: through no fault of theirs."""
         for key in self._asked():
             self._perform(schedule.Refuse(key, "stale", why))
+        self.deliver()
 
     def close(self) -> None:
         """Close the socket, with a moment for the last words."""

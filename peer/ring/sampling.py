@@ -61,9 +61,14 @@ class Sampler:
         Raises: FloatingPointError where a logit is not finite.
         """
         if self._sampling.temperature == 0:
-            _demand_finite(logits)
-            self._adjust(logits)
-            return int(logits.argmax())
+            if self._penalising or self._sampling.logit_bias:
+                _demand_finite(logits)
+                self._adjust(logits)
+                return int(logits.argmax())
+            token = int(logits.argmax())  # of a NaN, where there is one
+            if not (math.isfinite(logits[token]) and math.isfinite(logits.min())):
+                raise FloatingPointError("the logits are not finite")
+            return token
         ids, probabilities = self.candidates(logits)
         sums = np.cumsum(probabilities)
         at = np.searchsorted(sums, uniform(self._sampling.seed, position) * sums[-1], side="right")

@@ -16,38 +16,36 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import zmq
-from numpy.typing import NDArray
 
 import backends
-from backends.base import BackendFault, Batch
-from peer.errors import HalkaError, ProtocolError, StalePlan
-from peer.protocol import StageAdmit, StageConnect, StageNews, StageOrder, StagePing, StageStop
-from peer.ring import crashing
-from peer.ring import scheduler as schedule
-from peer.ring.frames import (
-    HEADER_BYTES_MAX,
-    Fault,
-    Frame,
-    FrameHeader,
-    Sampled,
-    decode,
-    encode_frame,
-    encode_sampled,
-    pack_index,
-    unfinite,
+from backends.base import BackendFault
+from peer.errors import HalkaError
+from peer.protocol import (
+    StageAdmit,
+    StageConnect,
+    StageNews,
+    StageOrder,
+    StagePing,
+    StageStop,
+    Timed,
 )
-from peer.ring.head import Broken, Head
-from peer.ring.paces import Paces
+from peer.ring import crashing, drafting
+from peer.ring import scheduler as schedule
+from peer.ring.frames import HEADER_BYTES_MAX
+from peer.ring.head import Head
+from peer.ring.links import Links
 from peer.ring.pipe import Pipe
-from peer.ring.sockets import BROKEN_S, LINK_S, Doorkeeper, Watch, as_client, as_server, bind
+from peer.ring.sockets import Doorkeeper, bind
+from peer.ring.steps import Steps
 from peer.ring.windows import Windows
 
 log = logging.getLogger("halka.stage")
 
 _NEWS_S = 0.5  # at most so often is the agent told of numbers that grow
 _PACES_S = 2.0  # and of how long steps take
+_FEW_ROWS = 8  # so short a step may go before tokens that wait to be told
+_SOON_S = 0.01  # where it takes no longer than this
 
 
 class Stage:
@@ -56,37 +54,32 @@ class Stage:
     def __init__(self, order: StageOrder, pipe: Pipe) -> None:
         self.plan, self.peer_id, self.pipe = order.plan.plan, order.peer_id, pipe
         self.alone = len(self.plan.ring) == 1
-        engine = backends.load(
+        self.order = order
+        self.engine = backends.load(
             self.plan.split.windows[self.plan.windows_of(self.peer_id)[0]].backend
         )
-        self.windows = Windows(engine, self.plan, self.peer_id, order.threads)
+        self.drafter: drafting.DraftModel | None = None
+        self.windows = Windows(self.engine, self.plan, self.peer_id, order.threads)
         self.folder = Path(order.folder)
         split = self.plan.split
         self.context: zmq.Context[Any] = zmq.Context()
         self.door = Doorkeeper(self.context)
         self.door.admit("submit", order.admitted)
         public, secret = zmq.curve_keypair()
-        self.public, self.secret = public, secret
-        ring_bytes_max = max(HEADER_BYTES_MAX, split.batch_tokens * self.plan.shape.hidden * 4)
-        self.ring_bytes_max = ring_bytes_max
-        self.pull = self.context.socket(zmq.PULL)
-        as_server(self.pull, public, secret, "ring", ring_bytes_max)
+        self.public = public
+        bytes_max = max(HEADER_BYTES_MAX, split.batch_tokens * self.plan.shape.hidden * 4)
+        self.links = Links(self.context, public, secret, bytes_max)
         self.head = (
             Head(self.context, public, secret, self.plan, order.step_s)
             if self.plan.head == self.peer_id
             else None
         )
+        self.steps = Steps(self.plan, self.peer_id, self.windows, self.links, self.head)
+        self.paces, self.paces_s = self.steps.paces, 0.0  # when they are to be told
         self.bind = order.bind
-        self.push: zmq.Socket[Any] | None = None
-        self.watch: Watch | None = None
-        self.give_up_at: float | None = None  # on the link to the next stage
         self.poller = zmq.Poller()
-        self.last_step = 0  # of frames that came in; they come each once and in order
-        self.returned = 0
-        self.paces, self.paces_at = Paces(), 0.0
-        self.computed_s = 0.0  # for the step that is under way
         self.news = StageNews("loading")
-        self.told = (StageNews("loading"), 0.0)
+        self.told, self.told_s = self.news, 0.0
         self.stopping = False
 
     # Beginning ------------------------------------------------------------------------------
@@ -97,10 +90,15 @@ class Stage:
         used = self.windows.load(self.folder)
         if self.head:
             self.head.vocabulary = self.windows.vocabulary
+            if not self.windows.rewinds:
+                self.head.scheduler.recurrent()
+            elif self.head.scheduler.speculate:
+                self.drafter = drafting.of_head(self.engine, self.order)
+                self.head.scheduler.drafter = self.drafter
         self.news = msgspec.structs.replace(
             self.news,
             phase="ready",
-            ring_port=bind(self.pull, self.bind),
+            ring_port=bind(self.links.pull, self.bind),
             submit_port=bind(self.head.socket, self.bind) if self.head else 0,
             key=self.public.decode(),
             weights_bytes=used.weights_bytes,
@@ -111,22 +109,14 @@ class Stage:
 
     def connect(self, order: StageConnect) -> None:
         """The ring is complete: link to the next stage."""
-        if self.push is None and not self.alone:
-            self.door.admit("ring", [order.previous_key])
-            self.push = self.context.socket(zmq.PUSH)
-            as_client(
-                self.push, order.next_key.encode(), self.public, self.secret, self.ring_bytes_max
-            )
-            self.watch = Watch(self.push)
-            self.poller.register(self.watch.socket, zmq.POLLIN)
-            self.push.connect(order.next_address)
-            self.give_up_at = time.monotonic() + LINK_S
         if self.alone:
-            self.linked()
+            return self.linked()
+        self.door.admit("ring", [order.previous_key])
+        if watch := self.links.connect(order.next_address, order.next_key):
+            self.poller.register(watch.socket, zmq.POLLIN)
 
     def linked(self) -> None:
         """The ring may be used as far as this stage can tell."""
-        self.give_up_at = None
         self.news = msgspec.structs.replace(self.news, phase="linked")
         self.tell(force=True)
 
@@ -134,54 +124,79 @@ class Stage:
 
     def loop(self) -> None:
         """Run until told to stop, or until the agent is gone."""
-        head = self.head
-        for source in (self.door.socket, self.pull, 0, *([head.socket] if head else [])):
+        head, pull = self.head, self.links.pull
+        for source in (pull, self.door.socket, 0, *([head.socket] if head else [])):
             self.poller.register(source, zmq.POLLIN)
         while not self.stopping:
-            ready = dict(self.poller.poll(0 if head and head.todo else self.wait_ms()))
+            ready = [source for source, _ in self.wait()]
+            if pull in ready:
+                self.steps.hear()
+            if head:
+                if head.socket in ready:
+                    head.hear()
+                self.begin_step(head)
             if self.door.socket in ready:
                 self.door.answer()
             if 0 in ready:
                 self.hear_agent()
-            if self.pull in ready:
-                self.hear_ring()
-            self.mind_link()
-            if head:
-                if head.socket in ready:
-                    head.hear()
-                if head.todo:
-                    run, head.todo = head.todo, None
-                    self.begin_step(run)
-                elif not head.scheduler.active:
-                    self.paces.rested()
-                head.take(schedule.Tick())
+            self.mind_link(ready)
             self.tell()
+
+    def wait(self) -> list[tuple[Any, int]]:
+        """What came, as soon as something came or is due."""
+        if self.head and self.head.todo and self.steps.may_begin:
+            return self.poller.poll(0)
+        limit_ms = self.wait_ms()
+        look_out = self.links.soon() if limit_ms != 0 else None
+        if look_out is None:
+            return self.poller.poll(limit_ms)
+        from_s, until_s = look_out
+        now = time.monotonic()
+        if now < until_s:
+            sleep_ms = max(0, int((from_s - now) * 1000))
+            ready = self.poller.poll(sleep_ms if limit_ms is None else min(sleep_ms, limit_ms))
+            if ready:
+                return ready
+            if self.links.spin(until_s):
+                return [(self.links.pull, zmq.POLLIN)]
+        return self.poller.poll(self.wait_ms())
 
     def wait_ms(self) -> int | None:
         """How long the loop may sleep."""
         waits = []
         if self.head and self.head.scheduler.deadline is not None:
-            waits.append(self.head.scheduler.deadline - time.monotonic())
-        if self.give_up_at is not None:
-            waits.append(self.give_up_at - time.monotonic())
-        if self.current_news() != self.told[0]:
-            waits.append(self.told[1] + _NEWS_S - time.monotonic())
+            waits.append(self.head.scheduler.deadline)
+        if self.links.give_up_s is not None:
+            waits.append(self.links.give_up_s)
+        if self.current_news() != self.told:
+            waits.append(self.told_s + _NEWS_S)
         if self.paces.told != self.paces.seen:
-            waits.append(self.paces_at - time.monotonic())
-        return math.ceil(max(0.0, min(waits)) * 1000) if waits else None
+            waits.append(self.paces_s)
+        if not waits:
+            return None
+        return math.ceil(max(0.0, min(waits) - time.monotonic()) * 1000)
 
-    def mind_link(self) -> None:
-        """A step that was lost with the link to the next stage would never come around."""
-        if self.watch is None:
-            return
-        now = time.monotonic()
-        if self.watch.broke():
-            self.give_up_at = self.give_up_at or now + BROKEN_S
-        elif self.watch.up and self.news.phase == "ready":
+    def begin_step(self, head: Head) -> None:
+        """One of the steps that are to be run. Entry peers are told of the last one's tokens once
+        the ring is at work again, where that is soon."""
+        if head.todo and self.steps.may_begin:
+            run = head.todo.popleft()
+            if self.alone or len(run.ids) > _FEW_ROWS or self.paces.last_s > _SOON_S:
+                head.deliver()
+            self.steps.begin(run, head.scheduler.active == 1)
+        elif self.steps.returned == self.steps.begun:
+            self.paces.rested()
+        head.deliver()
+        if (deadline := head.scheduler.deadline) is not None and time.monotonic() >= deadline:
+            head.take(schedule.Tick())
+            head.deliver()
+
+    def mind_link(self, ready: list[Any]) -> None:
+        """What became of the link to the next stage."""
+        watch = self.links.watch
+        if watch is not None and watch.socket in ready and self.links.mind():
             self.linked()
-        if self.give_up_at is not None and now >= self.give_up_at:
-            what = "broke" if self.news.phase == "linked" else f"did not come up in {LINK_S:.0f} s"
-            raise Broken(f"the link to peer {self.plan.after(self.peer_id)} {what}")
+        self.links.endure(self.plan.after(self.peer_id))
 
     def hear_agent(self) -> None:
         """Orders on stdin."""
@@ -198,151 +213,50 @@ class Stage:
                     self.door.admit("submit", keys)
                     if self.head:
                         self.head.admit(keys)
+                        self.head.deliver()
                 case StagePing(number):
                     self.news = msgspec.structs.replace(self.news, pong=number)
                     self.tell(force=True)
                 case StageStop():
                     self.stopping = True
 
-    def hear_ring(self) -> None:
-        """One frame from the stage before this one."""
-        try:
-            # Never waits: a link that breaks within a message leaves a socket that seems ready.
-            parts = [frame.buffer for frame in self.pull.recv_multipart(zmq.NOBLOCK, copy=False)]
-        except zmq.Again:
-            return
-        try:
-            came = decode(parts, self.plan)
-            if isinstance(came, Sampled):
-                self.hear_sampled(came)
-            else:
-                self.hear_frame(came)
-        except (StalePlan, ProtocolError) as error:
-            self.drop(error)
-
-    def drop(self, error: HalkaError) -> None:
-        """Refuse a frame: counted, named, without effect."""
-        self.news = msgspec.structs.replace(self.news, dropped=self.news.dropped + 1)
-        if self.news.dropped <= 10 or self.news.dropped % 1000 == 0:
-            log.warning("dropped=frame count=%d because=%s", self.news.dropped, error)
-
-    def hear_frame(self, frame: Frame) -> None:
-        """Rows for one of this stage's windows."""
-        header = frame.header
-        if header.window not in self.windows.mine:
-            raise ProtocolError(f"window {header.window} is not this peer's")
-        order = header.step * len(self.plan.split.windows) + header.window
-        if order <= self.last_step:
-            raise ProtocolError(f"step {header.step} came again")
-        if header.step > self.last_step // len(self.plan.split.windows) + 1:
-            # Its rows are missing from this stage's KV cache: going on would answer wrongly.
-            raise Broken(f"frames before step {header.step} were lost on the way to this peer")
-        self.last_step = order
-        faults = list(header.faults)
-        known = {fault.slot for fault in faults}
-        before = self.plan.split.windows[header.window - 1].peer_id
-        x = frame.x
-        bad = [slot for slot in unfinite(frame.batch.slots, x) if slot not in known]
-        faults += [Fault(slot, before) for slot in bad]
-        if faults:  # the other rows go on; these must not spread
-            x = np.where(np.isin(frame.batch.slots, [f.slot for f in faults])[:, None], 0, x)
-        if header.window == self.windows.mine[0]:
-            self.windows.apply(header.ops)
-        self.run_on(header, frame.batch, x, faults)
-
-    def hear_sampled(self, sampled: Sampled) -> None:
-        """The tail's tokens, at the head."""
-        if not self.head:
-            raise ProtocolError("sampled tokens came to a peer that is not the head")
-        if sampled.step <= self.returned:
-            raise ProtocolError(f"the tokens of step {sampled.step} came again")
-        self.returned = sampled.step
-        self.head.take(schedule.Returned(sampled.step, sampled.tokens, sampled.faults))
-
-    # Steps ----------------------------------------------------------------------------------
-
-    def begin_step(self, run: schedule.Run) -> None:
-        """The head's own first window, then on along the ring."""
-        self.paces.begun(len(run.ids), time.monotonic())
-        self.windows.apply(run.ops)
-        batch = Batch(run.slots, run.positions, run.outputs)
-        header = FrameHeader(
-            self.plan.id, run.step, 0, len(run.ids), self.plan.shape.hidden, run.ops
-        )
-        self.run_on(header, batch, run.ids, [])
-
-    def run_on(
-        self, header: FrameHeader, batch: Batch, x: NDArray[Any], faults: list[Fault]
-    ) -> None:
-        """Run this stage's window, and the following ones while they are its own; then send."""
-        index = header.window
-        while True:
-            if header.rows:
-                began = time.monotonic()
-                x = self.windows.run(index, batch, x)
-                self.computed_s += time.monotonic() - began
-            index += 1
-            if index == len(self.plan.split.windows):
-                return self.finish(header, batch, x, faults)
-            if index not in self.windows.mine:
-                break
-        if header.rows == 0:
-            x = np.empty((0, header.hidden), np.float32)
-        onward = msgspec.structs.replace(header, window=index, faults=tuple(faults))
-        if index > self.windows.mine[-1]:  # its last turn in this step
-            self.count(header, batch)
-        self.send(encode_frame(onward, pack_index(batch), x))
-        self.windows.rest()
-
-    def finish(
-        self, header: FrameHeader, batch: Batch, logits: NDArray[np.float32], faults: list[Fault]
-    ) -> None:
-        """The tail: sample, and close the ring."""
-        began = time.monotonic()
-        tokens = self.windows.sample(batch, logits, faults) if header.rows else ()
-        self.computed_s += time.monotonic() - began
-        self.count(header, batch)
-        if self.head:
-            self.returned = header.step
-            self.head.take(schedule.Returned(header.step, tokens, tuple(faults)))
-        else:
-            self.send(encode_sampled(Sampled(self.plan.id, header.step, tokens, tuple(faults))))
-        self.windows.rest()
-
-    def count(self, header: FrameHeader, batch: Batch) -> None:
-        """Steps, rows and seconds, for status and for planning."""
-        self.paces.computed(header.rows, self.computed_s, int(batch.positions.max(initial=0)))
-        self.computed_s = 0.0
-        self.news = msgspec.structs.replace(
-            self.news, steps=self.news.steps + 1, tokens=self.news.tokens + header.rows
-        )
-
-    def send(self, parts: list[Any]) -> None:
-        """To the next stage. A queue that is full means that it has stopped."""
-        if self.push is None:
-            raise ProtocolError("a frame came before the ring was linked")
-        # A copy is made by libzmq: the engine's buffer is written again by the next step.
-        self.push.send_multipart(parts, zmq.NOBLOCK, copy=True)
-
     # News -----------------------------------------------------------------------------------
 
     def current_news(self) -> StageNews:
         """What the agent should know now."""
-        if not self.head:
-            return self.news
-        active, blamed = self.head.scheduler.active, self.head.blamed
-        return msgspec.structs.replace(self.news, active=active, blamed=blamed)
+        steps, head = self.steps, self.head
+        return msgspec.structs.replace(
+            self.news,
+            steps=steps.count,
+            tokens=steps.rows,
+            dropped=steps.dropped,
+            active=head.scheduler.active if head else 0,
+            blamed=head.blamed if head else "",
+        )
 
     def tell(self, force: bool = False) -> None:
         """Tell the agent what changed, not too often."""
         now = time.monotonic()
-        if self.paces.told != self.paces.seen and now >= self.paces_at:
-            self.paces_at = now + _PACES_S
-            self.news = msgspec.structs.replace(self.news, timed=self.paces.summary())
+        if not force and now < self.told_s + _NEWS_S:
+            return
+        if self.paces.told != self.paces.seen and now >= self.paces_s:
+            self.paces_s = now + _PACES_S
+            self.news = msgspec.structs.replace(self.news, timed=self.timed())
         news = self.current_news()
-        if force or (news != self.told[0] and now >= self.told[1] + _NEWS_S):
-            self.told = (news, now)
+        if force or news != self.told:
+            self.told, self.told_s = news, now
             self.pipe.tell(news)
+
+    def timed(self) -> Timed:
+        """What steps took, and at the head what was saved."""
+        timed = self.paces.summary()
+        if not self.head:
+            return timed
+        counts = {
+            name: getattr(self.head.scheduler, name, 0)
+            for name in ("drafted", "accepted", "read", "reused")
+        }
+        return msgspec.structs.replace(timed, **counts)
 
     def fail(self, why: str) -> None:
         """The last words of a stage that cannot go on."""
@@ -353,15 +267,13 @@ class Stage:
 
     def close(self) -> None:
         """Close sockets, free the engine."""
-        if self.watch:
-            self.watch.close()
-        for socket in (self.pull, self.push):
-            if socket:
-                socket.close(0)
+        self.links.close()
         if self.head:
             self.head.close()
         self.door.close()
         self.windows.close()
+        if self.drafter:
+            self.drafter.close()
         self.context.term()
 
 

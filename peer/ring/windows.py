@@ -14,7 +14,7 @@ from backends.base import Backend, BackendFault, Batch, Engine, Footprint, Setti
 from peer.models.manifest import load as load_manifest
 from peer.models.parts import hold, load_header, place
 from peer.planning.plan import Plan
-from peer.ring.frames import Copy, Fault, Open, Trim
+from peer.ring.frames import Copy, Draft, Fault, Open, Trim
 from peer.ring.residence import Files, Residence
 from peer.ring.sampling import Sampler
 
@@ -34,9 +34,12 @@ class Windows:
                 split.batch_tokens,
                 threads,
                 split.windows[self.mine[0]].gpu_layers,
+                split.kv_type,
+                split.flash,
             )
         )
         self.vocabulary = 0  # ids below it exist; known once loaded
+        self.rewinds = True  # whether a slot can be trimmed to any position; known once loaded
         self._windows: dict[int, Window] = {}
         self._samplers: dict[int, Sampler] = {}
         self._residence: Residence | None = None  # only where the plan streams
@@ -50,6 +53,7 @@ class Windows:
         if (header.layers, hidden) != (self.plan.shape.layers, self.plan.shape.hidden):
             raise BackendFault("the plan was made for another model than the one that is here")
         self.vocabulary = header.tensors["token_embd.weight"].shape[-1]
+        self.rewinds = self._engine.rewinds(header)
         with hold(folder):  # nobody else is placing: what is there was left by a stage that died
             for left in folder.glob("window-*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -105,25 +109,59 @@ class Windows:
             self._residence.after(self.mine.index(self._last_run))
 
     def sample(
-        self, batch: Batch, logits: NDArray[np.float32], faults: list[Fault]
-    ) -> tuple[int, ...]:
-        """One token for each output row. logits: [outputs, vocabulary]. Adds to `faults`."""
-        tokens = []
-        for row, at in enumerate(np.flatnonzero(batch.outputs)):
+        self,
+        batch: Batch,
+        logits: NDArray[np.float32],
+        faults: list[Fault],
+        drafts: tuple[Draft, ...] = (),
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens and how many of them each slot took, as in frames.Sampled: one for its (first)
+        output row, one more for each guess that was right. logits: [outputs, vocabulary]. Adds to
+        `faults`; a slot with one gets a 0 that nobody will be given."""
+        guesses = {draft.slot: np.frombuffer(draft.ids, np.int32).tolist() for draft in drafts}
+        outputs = np.flatnonzero(batch.outputs).tolist()
+        tokens: list[int] = []
+        taken: list[int] = []
+        row = 0
+        while row < len(outputs):
+            at = outputs[row]
             slot, position = int(batch.slots[at]), int(batch.positions[at]) + 1
-            try:
-                token = self._samplers[slot].sample(logits[row], position)
-            except FloatingPointError:
-                token = 0
-                if all(fault.slot != slot for fault in faults):
-                    faults.append(Fault(slot, self.peer_id))
+            guessed = guesses.get(slot, [])
+            rows = logits[row : row + 1 + len(guessed)]
+            row += len(rows)
+            if any(fault.slot == slot for fault in faults):
+                found = [0]
             else:
-                self._samplers[slot].accept(token)
-            tokens.append(token)
-        return tuple(tokens)
+                try:
+                    found = _verified(self._samplers[slot], rows, position, guessed)
+                except FloatingPointError:
+                    faults.append(Fault(slot, self.peer_id))
+                    found = [0]
+            tokens += found
+            taken.append(len(found))
+        return tuple(tokens), tuple(taken) if len(taken) != len(tokens) else ()
 
     def close(self) -> None:
         """Free the engine's memory."""
         if self._residence:
             self._residence.close()
         self._backend.close()
+
+
+def _verified(
+    sampler: Sampler, logits: NDArray[np.float32], position: int, guessed: list[int]
+) -> list[int]:
+    """The tokens from this position on: the next one follows only on a guess that was right, so
+    that the penalties count what the answer really has, and rows on wrong guesses are not read.
+
+    logits: [1 + guesses, vocabulary]. Raises FloatingPointError where those looked at are not
+    finite.
+    """
+    tokens: list[int] = []
+    for row, guess in zip(logits, [*guessed, None], strict=True):
+        token = sampler.sample(row, position + len(tokens))
+        sampler.accept(token)
+        tokens.append(token)
+        if token != guess:
+            break
+    return tokens

@@ -13,7 +13,9 @@ from peer.errors import ProtocolError, StalePlan
 from peer.planning.plan import PlanId
 from peer.protocol import Sampling
 from peer.ring.frames import (
+    DRAFT_TOKENS_MAX,
     Copy,
+    Draft,
     Fault,
     Frame,
     FrameHeader,
@@ -46,6 +48,7 @@ def header(count: int, **changes: object) -> FrameHeader:
 
 
 GOOD = batch([0, 0, 3], [5, 6, 0])
+GOOD.outputs[0] = False
 X = np.arange(24, dtype=np.float32).reshape(3, 8)
 
 
@@ -58,12 +61,108 @@ def test_a_frame_comes_through_unchanged() -> None:
     assert came.x.tolist() == X.tolist()
     assert came.batch.slots.tolist() == [0, 0, 3]
     assert came.batch.positions.tolist() == [5, 6, 0]
-    assert came.batch.outputs.all()
+    assert came.batch.outputs.tolist() == [False, True, True]
+    assert bytes(came.index) == pack_index(GOOD), "it can be sent on as it came"
+
+
+def test_a_frame_of_one_row_comes_through_unchanged() -> None:
+    came = decode(wire(header(1), batch([7], [1023]), X[:1]), PLAN)
+    assert isinstance(came, Frame)
+    assert came.x.tolist() == X[:1].tolist()
+    assert (came.batch.slots.tolist(), came.batch.positions.tolist()) == ([7], [1023])
+    assert came.batch.outputs.tolist() == [True]
 
 
 def test_sampled_tokens_come_through_unchanged() -> None:
     sampled = Sampled(PLAN.id, 7, (1, 2), (Fault(1, PEERS[1]),))
     assert decode([memoryview(p) for p in encode_sampled(sampled)], PLAN) == sampled
+
+
+def ids(*tokens: int) -> bytes:
+    return np.array(tokens, np.int32).tobytes()
+
+
+DRAFTED = batch([2, 0, 0, 0, 0, 3], [9, 4, 5, 6, 7, 0])  # two guesses for slot 0, none for others
+DRAFTED.outputs[1] = False
+WIDE = np.ones((6, 8), np.float32)
+
+
+def test_guesses_come_through_beside_rows_without_any() -> None:
+    sent = header(6, drafts=(Draft(0, ids(11, 12)),), spent_s=0.5, slowest_s=0.25)
+    came = decode(wire(sent, DRAFTED, WIDE), PLAN, vocabulary=13)
+    assert isinstance(came, Frame)
+    assert came.header == sent
+    one = batch([5, 5], [0, 1])
+    assert isinstance(
+        decode(wire(header(2, drafts=(Draft(5, ids(1)),)), one, WIDE[:2]), PLAN), Frame
+    )
+
+
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        (),  # three rows of a slot would be answered
+        (Draft(0, ids(1)),),  # fewer guesses than rows that are answered
+        (Draft(0, ids(1, 2, 3)),),  # the row before them is not answered
+        (Draft(0, ids(1, 2, 3, 4)),),  # more than it has rows
+        (Draft(0, ids(1, 2)), Draft(0, ids(1, 2))),
+        (Draft(0, ids(1, 2)), Draft(3, ids(1))),
+        (Draft(0, ids(1, 2)), Draft(1, ids(1))),  # a slot without rows
+        (Draft(0, ids(1, 2)), Draft(200, ids(1))),
+        (Draft(0, ids(1, 2) + b"123"),),
+        (Draft(0, ids(1, -2)),),
+        (Draft(0, ids(1, 13)),),  # no such id
+    ],
+)
+def test_guesses_that_do_not_fit_their_rows_are_refused(drafts: tuple[Draft, ...]) -> None:
+    with pytest.raises(ProtocolError):
+        decode(wire(header(6, drafts=drafts), DRAFTED, WIDE), PLAN, vocabulary=13)
+
+
+def test_guesses_are_refused_where_nothing_is_run_and_where_there_is_one_row() -> None:
+    guess = (Draft(0, ids(1)),)
+    none = batch([], [])
+    with pytest.raises(ProtocolError):
+        decode(wire(header(0, drafts=guess), none, WIDE[:0]), PLAN)
+    with pytest.raises(ProtocolError):
+        decode(wire(header(1, drafts=guess), batch([0], [5]), WIDE[:1]), PLAN)
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_row_that_is_not_its_slots_last_is_not_answered(row: int) -> None:
+    rows = batch([0, 0, 3], [5, 6, 0])
+    rows.outputs[:] = False
+    rows.outputs[row] = True
+    parts = wire(header(3), rows, X)
+    if row:
+        assert isinstance(decode(parts, PLAN), Frame)
+    else:
+        with pytest.raises(ProtocolError, match="last of their slots"):
+            decode(parts, PLAN)
+
+
+def test_more_guesses_than_any_step_has_are_refused_unread() -> None:
+    many = Draft(0, bytes(4 * DRAFT_TOKENS_MAX + 4))
+    with pytest.raises(ProtocolError, match="not a frame"):
+        decode(wire(header(3, drafts=(many,)), GOOD, X), PLAN)
+
+
+@pytest.mark.parametrize("taken", [(1,), (1, 2), (3,), (1, 1, 1)])
+def test_tokens_that_the_slots_shares_do_not_add_up_to_are_refused(taken: tuple[int, ...]) -> None:
+    good = Sampled(PLAN.id, 7, (1, 2, 5), (), (1, 2), 0.5, 0.25)
+    assert decode([memoryview(p) for p in encode_sampled(good)], PLAN) == good
+    bad = msgspec.structs.replace(good, tokens=(1, 2), taken=taken)
+    with pytest.raises(ProtocolError):
+        decode([memoryview(p) for p in encode_sampled(bad)], PLAN)
+
+
+@pytest.mark.parametrize("row", [(8, 0, 1), (-1, 0, 1), (0, 1024, 1), (0, -1, 1), (0, 0, 2)])
+def test_one_row_out_of_range_is_refused(row: tuple[int, int, int]) -> None:
+    parts = wire(header(1), batch([0], [0]), X[:1])
+    slot, position, flag = row
+    parts[1] = memoryview(ids(slot, position) + bytes([flag]))
+    with pytest.raises(ProtocolError, match="out of range"):
+        decode(parts, PLAN)
 
 
 def test_a_frame_of_another_plan_is_stale() -> None:

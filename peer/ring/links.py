@@ -1,0 +1,143 @@
+"""A stage's links: frames from the stage before it, frames to the stage after it.
+
+What a frame costs is mostly the sleep before it: a processor that went idle takes as long to come
+back as all else around a short step. So `Links.soon` says when the next frame is likely to come,
+from the waits of the latest steps, and `Links.spin` looks for it again and again around that time,
+yielding to ZeroMQ's thread, which may have the same core. Whoever finds that others use this core
+sleeps like anybody else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from typing import Any, cast
+
+import zmq
+
+from peer.errors import HalkaError, ProtocolError
+from peer.ring.sockets import BROKEN_S, LINK_S, Watch, as_client, as_server
+
+BEFORE_S = 0.0003  # the expected time is looked out for: waits differ by as much
+AFTER_S = 0.001
+WORTH_S = 0.03  # after a longer wait than this nobody sees what a wake-up took
+CROWDED_S = 0.0003  # between two looks: something else ran here, and no frame came of it
+CROWDED_STEPS = 256  # that are slept through then
+_KEPT = 8  # waits
+
+_yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # not on every system
+
+
+class Broken(HalkaError):
+    """The ring's state is not what this stage believes; only a new ring can answer rightly."""
+
+
+class Links:
+    """The sockets of a stage's two neighbours. `arrived_s`, `rested_s`: when the last frame came,
+    and when all that it asked for was done (monotonic)."""
+
+    def __init__(
+        self, context: zmq.Context[Any], public: bytes, secret: bytes, bytes_max: int
+    ) -> None:
+        self._context, self._keys, self._bytes_max = context, (public, secret), bytes_max
+        self.pull: zmq.Socket[Any] = context.socket(zmq.PULL)
+        as_server(self.pull, public, secret, "ring", bytes_max)
+        self._push: zmq.Socket[Any] | None = None
+        self.watch: Watch | None = None
+        self.up = False  # the link to the next stage was there once
+        self.give_up_s: float | None = None  # when, on the link to the next stage
+        self.arrived_s = self.rested_s = 0.0
+        self._waits: deque[float] = deque(maxlen=_KEPT)
+        self._crowded = 0
+
+    # To the next stage ----------------------------------------------------------------------
+
+    def connect(self, address: str, key: str) -> Watch | None:
+        """Link to the next stage; what is to be polled for news of it. None: it was done before."""
+        if self._push is not None:
+            return None
+        self._push = self._context.socket(zmq.PUSH)
+        as_client(self._push, key.encode(), *self._keys, self._bytes_max)
+        self.watch = Watch(self._push)
+        self._push.connect(address)
+        self.give_up_s = time.monotonic() + LINK_S
+        return self.watch
+
+    def mind(self) -> bool:
+        """Look at the news of the link; whether it is up for the first time."""
+        assert self.watch is not None
+        if self.watch.broke():
+            self.give_up_s = self.give_up_s or time.monotonic() + BROKEN_S
+        elif self.watch.up and not self.up:
+            self.up, self.give_up_s = True, None
+            return True
+        return False
+
+    def endure(self, next_peer: str) -> None:
+        """A step that was lost with the link would never come around. Raises Broken in the end."""
+        if self.give_up_s is not None and time.monotonic() >= self.give_up_s:
+            what = "broke" if self.up else f"did not come up in {LINK_S:.0f} s"
+            raise Broken(f"the link to peer {next_peer} {what}")
+
+    def send(self, parts: list[Any]) -> None:
+        """To the next stage. A queue that is full means that it has stopped: zmq.Again.
+
+        libzmq makes a copy, since the engine's buffer is written again by the next step. It costs a
+        hundredth of the encryption that follows, which another thread does: without it that thread
+        would have to tell this one, through a third one, when the buffer is free.
+        """
+        if self._push is None:
+            raise ProtocolError("a frame came before the ring was linked")
+        self._push.send_multipart(parts, zmq.NOBLOCK, copy=True)
+        _yield()  # to the thread that sends it, where that one has the same core
+
+    # From the stage before ------------------------------------------------------------------
+
+    def receive(self) -> list[memoryview] | None:
+        """One message, in place; None: there is none."""
+        try:
+            # Never waits: a link that breaks within a message leaves a socket that seems ready.
+            return [frame.buffer for frame in self.pull.recv_multipart(zmq.NOBLOCK, copy=False)]
+        except zmq.Again:
+            return None
+
+    def waited(self, seconds: float) -> None:
+        """A short step's frame came after so long: the next one's may, too."""
+        if seconds < WORTH_S:
+            self._waits.append(seconds)
+
+    def soon(self) -> tuple[float, float] | None:
+        """From when to when the next frame is to be looked out for; None: sleep until it comes."""
+        if self._crowded:
+            self._crowded -= 1
+            return None
+        if not self._waits:
+            return None
+        expected_s = self.rested_s + min(self._waits)
+        return expected_s - BEFORE_S, expected_s + AFTER_S
+
+    def spin(self, until_s: float) -> bool:
+        """Look for a frame until then; whether one came."""
+        now = time.monotonic
+        looked_s = now()
+        while not (came := self._came()) and looked_s < until_s:
+            _yield()
+            at_s = now()
+            if at_s - looked_s > CROWDED_S:
+                came = self._came()
+                self._crowded = 0 if came else CROWDED_STEPS
+                break
+            looked_s = at_s
+        return came
+
+    def _came(self) -> bool:
+        return bool(cast(int, self.pull.get(zmq.EVENTS)) & zmq.POLLIN)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        if self.watch:
+            self.watch.close()
+        for socket in (self.pull, self._push):
+            if socket:
+                socket.close(0)
