@@ -47,6 +47,7 @@ class Job:
     turn: int = 0  # how often it took a slot: a step of an earlier time says nothing of this one
     reading: bool = True
     began_with: int = 0  # ids that its slot held already
+    began_at: int = 0  # step that was the first with it
     doubted: bool = False  # what it began with gave numbers that are not finite
     sent: int = 0
     step: int = 0  # that carried it last

@@ -204,7 +204,7 @@ class Scheduler:
                 return  # the oldest waits until there is room: nobody starves
             self.waiting.remove(job)
             job.slot, job.sent, job.turn = slot, slot.length, job.turn + 1
-            job.began_with = slot.length
+            job.began_with, job.began_at = slot.length, self._steps + 1
             self.running[slot.number] = job
             self.reused += slot.length
             self.read += len(job.ids) - slot.length
@@ -316,20 +316,25 @@ class Scheduler:
 
     def _faults(self, event: Returned, flying: Flying) -> list[Action]:
         """Answers with such numbers end. One that began with what a slot held already may not be to
-        blame: it is read anew, once, and nothing that was kept is trusted any more."""
+        blame: it is read anew, once. So are all that took over something since the step began: the
+        numbers were made zeros on their way, and what they spoilt looks good. Nothing that was
+        kept is trusted any more."""
         actions: list[Action] = []
         broken = {fault.slot: fault.peer_id for fault in event.faults}
         for number, peer_id in broken.items():
             job, turn = flying.carried.get(number, (None, 0))
             if job is None or job.slot is None or job.turn != turn:
                 continue
-            if job.began_with and not job.doubted:
-                job.doubted = True
-                self._put_back(job)
-            else:
+            if not job.began_with:
                 why = f"peer {peer_id} computed numbers that are not finite"
                 actions.append(Refuse(job.key, "failed", why))
                 self._release(job, forget=True)
+        for job in [*self.running.values()] if broken else ():
+            hit = flying.carried.get(_slot(job).number, (None, 0)) == (job, job.turn)
+            hit = hit and _slot(job).number in broken
+            if job.began_with and (hit or job.began_at > event.step):
+                job.doubted = True
+                self._put_back(job)
         if broken:
             self._cache.forget()
         return actions + self._blame(broken, [emit.slot for emit in flying.emits])
