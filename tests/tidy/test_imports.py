@@ -20,7 +20,7 @@ FREE = {
     "peer.planning.profile", "peer.planning.plan",
 }  # fmt: skip
 
-# Decisions without I/O: time and randomness are arguments. (*: with the issue that brings it.)
+# Decisions without I/O: time and randomness are arguments.
 PURE = {
     "peer.cluster.membership", "peer.cluster.membership_events", "peer.cluster.doubts",
     "peer.cluster.election",
@@ -38,10 +38,12 @@ PURE = {
     "peer.planning.outlook", "peer.planning.spares", "peer.planning.foresight",
     "peer.planning.duty_events",
     "peer.ring.paces",
-    "peer.ring.scheduler", "peer.ring.generation", "peer.ring.lease", "peer.ring.endings",
+    "peer.ring.tempo", "peer.ring.speculation",
+    "peer.ring.scheduler", "peer.ring.scheduler_events", "peer.ring.batching", "peer.ring.slots",
+    "peer.ring.generation", "peer.ring.lease", "peer.ring.endings",
     "peer.planning.trials", "peer.planning.drafts", "peer.models.tokenizers",
 }  # fmt: skip
-PURE_LATER = {"peer.ring.speculation"}
+PURE_LATER: set[str] = set()
 IMPURE_LIBRARIES = {
     "asyncio", "time", "socket", "os", "logging", "zmq", "zeroconf", "aiohttp", "backends",
     "threading", "subprocess", "psutil",
