@@ -40,6 +40,7 @@ log = logging.getLogger("halka.stage")
 
 _LINE_BYTES_MAX = 1 << 20
 _STOP_S = 3.0  # for a stage to end cleanly; then it is killed; then it is left to the kernel
+_TOLD = ("draft=none", "draft=dropped")  # lines of a stage's log that go into the agent's
 _LAST_LINES = 80  # of a stage's log, for the reason of its end: a crash leaves a stack
 
 _news: msgspec.json.Decoder[StageNews] = msgspec.json.Decoder(StageNews)
@@ -284,7 +285,9 @@ class Supervisor:
             text = line.decode("utf-8", "replace").rstrip()[:500]
             if text:
                 stage.lines.append(text)
-                log.debug("plan=%s %s", stage.plan.id, text)
+                # Nothing else says why a model that was wished for does not draft.
+                level = logging.WARNING if text.startswith(_TOLD) else logging.DEBUG
+                log.log(level, "plan=%s %s", stage.plan.id, text)
 
 
 def _on_gpu(plan: Plan, peer_id: str) -> bool:

@@ -80,12 +80,12 @@ class Ring:
             self.changed.clear()
             await asyncio.wait_for(self.changed.wait(), 20)
 
-    async def start(self, folder: Path, threads: int = 1) -> None:
-        """Load and link."""
+    async def start(self, folder: Path, threads: int = 1, draft: Path | None = None) -> None:
+        """Load and link. draft: the folder of a model that drafts, at the head."""
         for peer, supervisor in self.supervisors.items():
             await supervisor.start(
                 PlanState(self.plan, "loading"), peer, folder,
-                threads=threads, step_s=20.0, bind="127.0.0.1", admitted=(self.key,),
+                threads=threads, step_s=20.0, bind="127.0.0.1", admitted=(self.key,), draft=draft,
             )  # fmt: skip
         await self.until("ready")
         ring = self.plan.ring

@@ -24,7 +24,10 @@ from peer.ring.drafting import DraftModel, load
 from peer.ring.supervisor import Supervisor
 from tests import fake_models
 from tests.conftest import Until
-from tests.e2e.rings import plan_of
+from tests.e2e import agents
+from tests.e2e.agents import House
+from tests.e2e.answers import chat, told
+from tests.e2e.rings import Ring, plan_of
 from tests.plain_llama import PlainLlama
 from tests.plans import PEERS
 from tests.random_models import write
@@ -102,7 +105,7 @@ def test_a_recurrent_model_is_refused_with_the_reason(home: Path) -> None:
 
 
 async def test_after_a_crash_a_stage_begins_without_the_model_that_drafted(
-    tmp_path: Path, until: Until
+    tmp_path: Path, until: Until, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(tmp_path)
     path = fake_models.write(tmp_path / "model.gguf", layers=3)
@@ -129,4 +132,71 @@ async def test_after_a_crash_a_stage_begins_without_the_model_that_drafted(
     await ended("sys.exit(1)")
     told = [json.loads(line).get("draft_folder", "") for line in orders.read_text().splitlines()]
     assert told == [str(folder), str(folder), ""]
+    assert "draft=none plan=1.1 because=a stage crashed with it" in caplog.text
+    caplog.clear()
+    await ended("print('draft=none because=of this\\nother=line', file=sys.stderr)")
+    lines = [line for line in caplog.messages if line.startswith("plan=1.1 ")]
+    assert lines == ["plan=1.1 draft=none because=of this"]
     await supervisor.close()
+
+
+@pytest.mark.parametrize("guesses", ["right", "wrong", "none"])
+async def test_a_ring_gives_the_same_answer_whatever_the_draft_model_guesses(
+    tmp_path: Path, until: Until, guesses: str
+) -> None:
+    store, seed = Store(tmp_path), 1 if guesses == "wrong" else 0
+    big = fake_models.write(tmp_path / "big.gguf", layers=4, name="big", delay_s=0.01, end_every=0)
+    small = fake_models.write(
+        tmp_path / "small.gguf", layers=4, name="small", seed=seed, end_every=0
+    )
+    manifest, draft = import_gguf(big, store), store.folder(import_gguf(small, store).digest)
+    plan = plan_of(store, manifest, [2], "fake")
+    ring = Ring(plan)
+    try:
+        folder = store.folder(manifest.digest)
+        await ring.start(folder, draft=None if guesses == "none" else draft)
+        prompt = list(b"the quick brown fox jumps over the lazy dog, and")
+        assert await ring.tokens(prompt, 150) == fake_models.truth(big, prompt, 150)
+        head = plan.head
+
+        def accepted() -> int:
+            timed = ring.news[head].timed
+            return timed.accepted if timed else 0
+
+        if guesses == "right":
+            await until(lambda: accepted() > 120, 20, "its guesses are told")
+            assert ring.news[head].steps < 40
+        else:
+            await until(lambda: ring.news[head].steps > 100, 20, "as many steps are told")
+            assert accepted() < 50
+    finally:
+        await ring.close()
+
+
+def test_agents_carry_a_wish_for_a_draft_model_to_the_head_and_into_the_words_of_the_plan(
+    tmp_path: Path,
+) -> None:
+    big = fake_models.write(tmp_path / "big.gguf", layers=6, name="big")
+    small = fake_models.write(tmp_path / "small.gguf", layers=3, name="small")
+    house = House(tmp_path, 2, HALKA_LOG="debug")
+    first, second = house.agents
+    second.environment["HALKA_DRAFT"] = "small-f32"
+    try:
+        for agent, model in ((first, big), (second, small)):  # the one to draft comes last
+            done = agent.word("pull", str(model))
+            assert done.returncode == 0, done.stderr
+        with house.watched():
+            house.start()
+            house.serving(model="big-f32")
+            head, tail = house.ring()
+            ready = "draft=loaded model=small-f32"
+            agents.until(lambda: ready in head.text(), 20, "the head has loaded it")
+            assert "draft=loaded" not in tail.text()
+            words = first.word("plan").stdout.replace("\n", " ")
+            assert "small-f32 drafts for it" in " ".join(words.split())
+            for agent in (first, second):
+                code, said = agent.post("/v1/chat/completions", chat("What is a ring?", 40))
+                assert code == 200, said
+                assert said["choices"][0]["message"]["content"] == told(big, "What is a ring?", 40)
+    finally:
+        house.close()
