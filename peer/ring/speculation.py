@@ -290,6 +290,8 @@ class _Model:
         self._since = 0
         if count:
             self._guess = self._drafter.draft(self._key, ids, count)[:count]
+            if not self._guess:  # it is reading the prompt still: that was no try
+                self._pause = 0
         return self._guess
 
 
