@@ -17,9 +17,18 @@ from numpy.typing import NDArray
 
 
 class PlainLlama:
-    """A whole model in one context. `cells`, `batch`, `slots` as a stage would have them."""
+    """A whole model in one context. `cells`, `batch`, `slots` … as a stage would have them."""
 
-    def __init__(self, path: Path, *, cells: int, batch: int, slots: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        cells: int,
+        batch: int,
+        slots: int = 1,
+        kv_type: str = "f16",
+        flash: str = "auto",
+    ) -> None:
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_extra_bufts = False  # the same kernels: weights are not repacked
@@ -30,6 +39,8 @@ class PlainLlama:
         options.n_seq_max = slots
         options.kv_unified = slots > 1
         options.n_threads = options.n_threads_batch = 1
+        options.type_k = options.type_v = {"f16": 1, "q8_0": 8}[kv_type]  # ggml.h: GGML_TYPE_*
+        options.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[flash]  # llama.h: LLAMA_FLASH_…
         self._context = llama.llama_init_from_model(self._model, options)
         assert self._context
         self.memory = llama.llama_get_memory(self._context)

@@ -2,9 +2,8 @@
 
 One context a window, with `kv_unified`: with one KV cache for all sequences libllama runs a batch
 of several sequences as it was given, which is what makes split and whole agree. Flash attention
-is left at libllama's default (auto) in every window, as one llama.cpp process has it; the KV cache
-is float16 and holds all positions of sliding layers too (`swa_full`), because a trimmed slot must
-find again what it had before.
+and the type of the KV cache are the same in every window; the cache holds all positions of sliding
+layers too (`swa_full`), because a trimmed slot must find again what it had before.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import re
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import BackendFault, Batch, Footprint, Settings, Window
+from backends.base import BackendFault, Batch, Footprint, Header, Settings, Window
+from backends.llama_cpp.cache import kv_types
 from backends.llama_cpp.embedding import Embedding
 from backends.llama_cpp.library import Library
 from backends.llama_cpp.rules import overwritten, token_scale
@@ -29,6 +30,12 @@ _FAILURES = {
     2: ("failed", "the computation was aborted"),
     -1: ("refused", "libllama refused the batch"),
 }
+_FLASH = {  # llama.h: enum llama_flash_attn_type
+    "auto": "LLAMA_FLASH_ATTN_TYPE_AUTO",
+    "on": "LLAMA_FLASH_ATTN_TYPE_ENABLED",
+    "off": "LLAMA_FLASH_ATTN_TYPE_DISABLED",
+}
+_NEEDS_FLASH = re.compile(r"requires? (flash_attn|Flash Attention)")
 # Below it, a copy of the input costs less than asking numpy for its address (measured: 0.5 µs).
 _WORTH_POINTING_BYTES = 1 << 16
 
@@ -40,6 +47,25 @@ def offloaded(gpu_layers: int) -> int:
     n_gpu_layers): without the one, a window's first GPU layer would stay on the processor.
     """
     return gpu_layers + 1 if gpu_layers > 0 else gpu_layers
+
+
+def check_cache(settings: Settings, header: Header) -> None:
+    """Refuse a KV cache that this model cannot have. Raises BackendFault, naming the setting."""
+    possible = kv_types(header)
+    if settings.kv_type not in possible:
+        raise BackendFault(
+            f"this model's KV cache cannot be of type {settings.kv_type}: "
+            f"set kv_type to {' or '.join(possible)}",
+            "refused",
+        )
+    if settings.flash not in _FLASH:
+        raise BackendFault(f"flash is {' or '.join(_FLASH)}, not {settings.flash}", "refused")
+    if settings.kv_type != "f16" and settings.flash == "off":
+        raise BackendFault(
+            f"a KV cache of type {settings.kv_type} needs flash attention: "
+            f"set kv_type to f16, or flash to auto",
+            "refused",
+        )
 
 
 class Rows(ctypes.Structure):
@@ -73,6 +99,7 @@ class LoadedWindow:
         self._embedding: Embedding | None = None
         self._tainted = False  # a recurrent state may hold numbers that are not finite
         library.journal.begin()
+        check_cache(settings, window.header)
         try:
             self._load(window)
             self._open(window)
@@ -113,6 +140,9 @@ class LoadedWindow:
         params.kv_unified = True
         params.swa_full = True
         params.no_perf = True
+        params.flash_attn_type = getattr(llama, _FLASH[settings.flash])
+        params.type_k = getattr(llama, f"GGML_TYPE_{settings.kv_type.upper()}")
+        params.type_v = params.type_k
         layers = 0 if self._last else window.last - window.first
         name = overwritten(window.header, window.first)
         if layers or name:
@@ -120,9 +150,16 @@ class LoadedWindow:
             params.cb_eval, params.cb_eval_user_data = self._tap.callback, self._tap.user_data
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
+            cause = self._library.journal.cause()
+            if settings.kv_type != "f16" and _NEEDS_FLASH.search(cause):
+                raise BackendFault(
+                    f"a KV cache of type {settings.kv_type} needs flash attention, which is not "
+                    f"to be had for this model on this machine: set kv_type to f16 ({cause})",
+                    "refused",
+                )
             raise BackendFault(
                 f"no room for a KV cache of {settings.kv_cells} tokens and batches of "
-                f"{settings.batch_tokens}: {self._library.journal.cause()}",
+                f"{settings.batch_tokens}: {cause}",
                 "memory",
             )
         self._memory = llama.llama_get_memory(self._context)

@@ -250,4 +250,37 @@ def test_kv_cells_are_counted_in_float16_layer_by_layer() -> None:
         attention__value_length=512,
         attention__key_length_mla=192,
     )
-    assert ENGINE.kv_bytes_per_cell(mla) == ((576 + 512) * 2,) * 8
+    assert ENGINE.kv_bytes_per_cell(mla) == (576 * 2,) * 8  # V is worked out from K's row
+
+
+def test_kv_cells_of_eight_bits_are_counted_in_blocks() -> None:
+    plain = header("llama", attention__key_length=64, attention__value_length=32)
+    assert ENGINE.kv_types(plain) == ("f16", "q8_0")
+    assert ENGINE.kv_bytes_per_cell(plain, "q8_0") == (2 * (64 + 32) * 34 // 32,) * 8
+    assert ENGINE.kv_types(header("llama")) == ("f16",)  # heads of 16 values are half a block
+    assert ENGINE.kv_types(header("llama", attention__key_length=48)) == ("f16",)
+    lengths = {"attention__key_length": 64, "attention__value_length": 64}
+    assert ENGINE.kv_types(header("grok", **lengths)) == ("f16",)  # no flash attention for it
+
+
+def test_indexers_keep_keys_beside_the_cache_where_there_are_any() -> None:
+    keys = {
+        "attention__key_length": 64,
+        "attention__value_length": 64,
+        "attention__indexer__key_length": 128,
+    }
+    usual = 2 * (64 + 64) * 2
+    assert ENGINE.kv_bytes_per_cell(header("llama", **keys)) == (usual,) * 8
+    assert ENGINE.kv_bytes_per_cell(header("deepseek32", **keys)) == (usual + 256,) * 8
+    types = {"attention__indexer__types": [1, 0] * 4}
+    some = ENGINE.kv_bytes_per_cell(header("glm-dsa", **keys, **types))
+    assert some == (usual + 256, usual) * 4
+    dense = header("minimax-m3", leading_dense_block_count=2, **keys)
+    assert ENGINE.kv_bytes_per_cell(dense) == (usual,) * 2 + (usual + 256 + 128,) * 6
+
+
+def test_only_recurrent_states_cannot_be_rewound() -> None:
+    told = {arch: ENGINE.rewinds(header(arch)) for arch in ("llama", "gemma3", "deepseek2")}
+    assert all(told.values())
+    for arch in ("mamba", "mamba2", "falcon-h1", "qwen35", "qwen3next"):
+        assert not ENGINE.rewinds(header(arch))
