@@ -59,8 +59,9 @@ class Home(Misfortune):
         slots, context = rng.choice((1, 2, 4, 8, 8)), rng.choice((64, 96, 512))
         self.planner = Planner(
             context, context * rng.choice((1, 4, 8)), slots, rng.choice((8, 16, 64)),
-            rounds=2 if rng.random() < 0.2 else 1,
+            2 if rng.random() < 0.2 else 1, rng.choice((0, 4, 16)),
         )  # fmt: skip
+        self.begins = rng.random() < 0.5  # prompts like others do
         self.flown: deque[tuple[Stage, Any]] = deque(maxlen=40)
         self.said: deque[tuple[Agent, Any]] = deque(maxlen=40)
         self.costs: dict[str, float] = {}
@@ -280,6 +281,8 @@ class Home(Misfortune):
             return None
         self.asked += 1
         prompt = tuple(rng.randrange(2, VOCABULARY) for _ in range(rng.randint(1, 30)))
+        if self.begins and self.answers:  # the next turn, or what another one began with
+            prompt = (*rng.choice(self.answers).truth.ids[: rng.choice((12, 30))], *prompt[:10])
         sampling = Sampling(
             temperature=rng.choice((0.0, 0.8)),
             repeat_penalty=rng.choice((1.0, 1.0, 1.1)),

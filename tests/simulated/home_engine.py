@@ -3,7 +3,8 @@
 What a window makes of a row depends on every row that its slot was fed since it was freed: a hole,
 a stale slot, a row fed twice or at a wrong position gives another number, and a number that is not
 the one of the windows before spreads to the tail. A token is drawn from that number as the real
-sampler draws: from (seed, position) where it is not greedy, with penalties that look back.
+sampler draws: from (seed, position) where it is not greedy, with penalties that look back. Some
+answers repeat themselves for most of their tokens, so that guesses are right now and then.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import numpy as np
 
 from peer.planning.plan import PlanWindow
 from peer.protocol import Sampling
-from peer.ring.frames import Copy, Open, Trim
+from peer.ring.frames import Copy, Draft, Open, Trim
 
 END = 1  # the token that ends an answer
 END_EVERY = 53  # so seldom
 VOCABULARY = 1 << 20
+SINGS_EVERY = 3  # so many answers repeat themselves,
+BREAKS_OFF_EVERY = 8  # but for so many of their tokens
+REFRAIN = 5  # tokens
 
 Row = tuple[int, int, int]
 """slot, position, token id"""
@@ -32,9 +36,16 @@ def link(chain: int, position: int, token: int) -> int:
 
 def draw(home: int, sampling: Sampling, number: int, position: int, recent: Iterable[int]) -> int:
     """The token at a position. recent: ids that penalties look back on."""
+    if sings(sampling) and number % BREAKS_OFF_EVERY:
+        return 2 + hash((home, sampling.seed, position % REFRAIN)) % (VOCABULARY - 2)
     chance = (sampling.seed, position) if sampling.temperature else (0, 0)
     drawn = hash((home, number, chance, tuple(recent)))
     return END if drawn % END_EVERY == 0 else 2 + drawn % (VOCABULARY - 2)
+
+
+def sings(sampling: Sampling) -> bool:
+    """Whether an answer repeats itself."""
+    return sampling.seed % SINGS_EVERY == 0 and not pays(sampling)
 
 
 def pays(sampling: Sampling) -> bool:
@@ -57,6 +68,12 @@ class Truth:
             last = self.sampling.repeat_last_n
             recent = self.ids if last < 0 else self.ids[-last:]
         return draw(self.home, self.sampling, self.chain, len(self.ids), recent)
+
+    def copy(self) -> Truth:
+        """One that may go another way."""
+        copy = Truth(self.home, (), self.sampling)
+        copy.ids, copy.chain = [*self.ids], self.chain
+        return copy
 
     def accept(self, token: int) -> None:
         """It was given."""
@@ -103,15 +120,29 @@ class Windows:
             out.append(own if right else hash((own, number, index, reached)))
         return out
 
-    def sample(self, rows: Sequence[Row], x: Sequence[int], outputs: Sequence[bool]) -> list[int]:
-        """A token for each output row."""
-        tokens = []
+    def sample(
+        self,
+        rows: Sequence[Row],
+        x: Sequence[int],
+        outputs: Sequence[bool],
+        drafts: Sequence[Draft] = (),
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A token for each output row, and how many each slot took: of rows with guesses only up to
+        the first that was wrong."""
+        guesses = {d.slot: np.frombuffer(d.ids, np.int32).tolist() for d in drafts}
+        wrong: set[int] = set()
+        tokens: list[int] = []
+        taken: dict[int, int] = {}
         for (slot, position, _), number, wanted in zip(rows, x, outputs, strict=True):
-            if wanted:
-                sampling, recent = self.samplers[slot]
-                token = draw(
-                    self.home, sampling, number, position + 1, recent if pays(sampling) else ()
-                )
-                recent.append(token)
-                tokens.append(token)
-        return tokens
+            if not wanted or slot in wrong:
+                continue
+            sampling, recent = self.samplers[slot]
+            token = draw(
+                self.home, sampling, number, position + 1, recent if pays(sampling) else ()
+            )
+            recent.append(token)
+            tokens.append(token)
+            at = taken[slot] = taken.get(slot, 0) + 1
+            if guesses.get(slot, [])[at - 1 : at] != [token]:
+                wrong.add(slot)
+        return tuple(tokens), tuple(taken.values()) if drafts else ()

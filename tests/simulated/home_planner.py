@@ -27,6 +27,7 @@ class Planner:
     slots: int
     batch_tokens: int
     rounds: int = 1
+    chunk_tokens: int = 0
 
     def __call__(self, question: Question) -> Answer:
         """As planning.making.answer."""
@@ -86,8 +87,9 @@ class Planner:
                 layers -= count
                 assert layers >= len(order) - at - 1
         return Split(
-            tuple(windows), self.context, self.kv_cells, self.slots, self.batch_tokens, why="simple"
-        )
+            tuple(windows), self.context, self.kv_cells, self.slots, self.batch_tokens,
+            why="simple", chunk_tokens=self.chunk_tokens,
+        )  # fmt: skip
 
 
 def shares(order: Sequence[Profile], layers: int) -> list[int]:

@@ -1,13 +1,15 @@
 """A stage's process in the simulated home: what `ring/stage.py` and `ring/head.py` do, no more.
 
-Frames come over a wire, are counted, run, and go on to the next stage. The head has the real
-scheduler; its replies go to the connection that asked. The process ends when its agent is gone,
-when frames are missing, or when the link to the next stage broke and some seconds have passed.
+Frames come over a wire, are counted, run one after another, and go on to the next stage: several
+steps are on their way at once. The head has the real scheduler; its replies go to the connection
+that asked. The process ends when its agent is gone, when frames are missing, or when the link to
+the next stage broke and some seconds have passed.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 from peer.planning.plan import Plan, PlanId, StageLink
 from peer.protocol import Cancel, StageNews, Submit, Tokens, Unanswered
 from peer.ring import scheduler as schedule
-from peer.ring.frames import Fault
+from peer.ring.frames import Draft, Fault
 from peer.ring.sockets import BROKEN_S, LINK_S
 from tests.coordinator import KEY
 from tests.simulated.home_engine import VOCABULARY, Row, Windows
@@ -42,7 +44,10 @@ class Frame:
     outputs: tuple[bool, ...]
     x: tuple[int, ...]
     ops: tuple[Any, ...]
+    drafts: tuple[Draft, ...] = ()
     faults: tuple[Fault, ...] = ()
+    spent_s: float = 0.0
+    slowest_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,16 @@ class Sampled:
     step: int
     tokens: tuple[int, ...]
     faults: tuple[Fault, ...] = ()
+    taken: tuple[int, ...] = ()
+    spent_s: float = 0.0
+    slowest_s: float = 0.0
+
+    @property
+    def returned(self) -> schedule.Returned:
+        """As the scheduler is told."""
+        return schedule.Returned(
+            self.step, self.tokens, self.faults, self.taken, self.spent_s, self.slowest_s
+        )
 
 
 class Scheduler(schedule.Scheduler):
@@ -90,10 +105,13 @@ class Stage(Process):
         self.scheduler: Scheduler | None = None
         if plan.head == me:
             self.scheduler = self.make_scheduler(
-                split.slots, split.context, split.kv_cells, split.batch_tokens, STEP_S
-            )
-        self.todo: schedule.Run | None = None
+                split.slots, split.context, split.kv_cells, split.batch_tokens, STEP_S,
+                depth=len(plan.ring) if len(split.windows) == len(plan.ring) else 1,
+                chunk_tokens=split.chunk_tokens, speculate=split.speculation == "auto",
+            )  # fmt: skip
+        self.inbox: deque[Frame] = deque()  # it computes one at a time
         self.busy = False
+        self.unheard: list[Any] = []  # answers whose owner is gone
         self.timer_at = math.inf
         self.last_step = self.returned = 0
         self.news = StageNews("loading")
@@ -221,7 +239,7 @@ class Stage(Process):
         if isinstance(came, Sampled):
             if self.scheduler and (came.step > self.returned or not self.heeds_repeats):
                 self.returned = came.step
-                self.take_in(schedule.Returned(came.step, came.tokens, came.faults))
+                self.take_in(came.returned)
             return
         if came.window not in self.mine:
             return
@@ -232,21 +250,25 @@ class Stage(Process):
         if came.step > self.last_step // count + 1:
             return self.broken(f"frames before step {came.step} were lost on the way to this peer")
         self.last_step = order
-        if came.window == self.mine[0]:
-            self.windows.apply(came.ops)
-        self.run_on(came)
+        self.inbox.append(came)
+        self.take_up()
 
-    def begin_step(self) -> None:
-        """The head's own first window."""
-        run = self.todo
-        if run is None or self.busy:
-            return
-        self.todo = None
-        self.windows.apply(run.ops)
+    def begin_step(self, run: schedule.Run) -> None:
+        """A step begins with the head's own first window."""
         ids = run.ids.tolist()
         rows = tuple(zip(run.slots.tolist(), run.positions.tolist(), ids, strict=True))
         outputs = tuple(run.outputs.tolist())
-        self.run_on(Frame(self.plan.id, run.step, 0, 0, rows, outputs, tuple(ids), run.ops))
+        self.inbox.append(
+            Frame(self.plan.id, run.step, 0, 0, rows, outputs, tuple(ids), run.ops, run.drafts)
+        )
+
+    def take_up(self) -> None:
+        """The next frame that came, where this stage is not at one already."""
+        if self.inbox and not self.busy:
+            frame = self.inbox.popleft()
+            if frame.window == self.mine[0]:
+                self.windows.apply(frame.ops)
+            self.run_on(frame)
 
     def run_on(self, frame: Frame) -> None:
         """This stage's window, and those after it that are its own; what they take, it takes."""
@@ -267,23 +289,34 @@ class Stage(Process):
             faults += tuple(Fault(s, self.machine.name) for s in slots if s not in known)
         self.worked_s += took_s
         self.busy = True
-        done = replace(frame, window=index, reached=reached, x=tuple(x), faults=faults)
+        done = replace(
+            frame, window=index, reached=reached, x=tuple(x), faults=faults,
+            spent_s=frame.spent_s + took_s, slowest_s=max(frame.slowest_s, took_s),
+        )  # fmt: skip
         self.home.at(took_s, self.do, self.computed, done)
 
     def computed(self, frame: Frame) -> None:
         """Send it on; the tail samples, and closes the ring."""
         self.busy = False
+        self.pass_on(frame)
+        if self.alive:
+            self.take_up()
+
+    def pass_on(self, frame: Frame) -> None:
         if frame.window < len(self.plan.split.windows):
             return self.send(frame)
         try:
-            tokens = tuple(self.windows.sample(frame.rows, frame.x, frame.outputs))
+            tokens, taken = self.windows.sample(frame.rows, frame.x, frame.outputs, frame.drafts)
         except KeyError as error:  # no sampler: as ring.stage.main does
             return self.broken(f"KeyError: {error}")
+        sampled = Sampled(
+            frame.plan, frame.step, tokens, frame.faults, taken, frame.spent_s, frame.slowest_s
+        )
         if self.scheduler:
             self.returned = frame.step
-            self.take_in(schedule.Returned(frame.step, tokens, frame.faults))
+            self.take_in(sampled.returned)
         else:
-            self.send(Sampled(frame.plan, frame.step, tokens, frame.faults))
+            self.send(sampled)
 
     def send(self, body: Frame | Sampled) -> None:
         """To the next stage."""
@@ -312,11 +345,16 @@ class Stage(Process):
     def take_in(self, event: schedule.Event) -> None:
         """Give the scheduler an event and do what it asks for."""
         assert self.scheduler
-        for action in self.scheduler.step(event, self.home.now):
-            if self.alive:
-                self.perform(action)
+        events = deque([event])
+        while events and self.alive:
+            for action in self.scheduler.step(events.popleft(), self.home.now):
+                if self.alive:
+                    self.perform(action)
+            # Only now: a step that is decided meanwhile comes after those that were decided before.
+            events += map(schedule.Cancelled, self.unheard)
+            self.unheard.clear()
         if self.alive:
-            self.begin_step()
+            self.take_up()
             self.tell()
             self.arm()
 
@@ -334,7 +372,7 @@ class Stage(Process):
         plan = self.plan.id
         match action:
             case schedule.Run():
-                self.todo = action
+                self.begin_step(action)
             case schedule.Deliver(key, position, ids, finish):
                 self.reply(key, Tokens(key[1], plan, position, ids, finish))
             case schedule.Refuse(key, code, why):
@@ -347,6 +385,5 @@ class Stage(Process):
     def reply(self, key: Any, message: Tokens | Unanswered) -> None:
         """To the connection that asked; if it is gone, so is the answer."""
         self.home.spoke(key[0].ends[0], message)
-        if not self.home.send(key[0], self, message) and self.scheduler:
-            for action in self.scheduler.step(schedule.Cancelled(key), self.home.now):
-                self.perform(action)
+        if not self.home.send(key[0], self, message):
+            self.unheard.append(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -17,7 +18,8 @@ from peer.planning import duty as d
 from peer.planning import rollout as r
 from peer.planning.running import Running
 from peer.ring import generation as g
-from peer.ring.frames import Open
+from peer.ring import scheduler as schedule
+from peer.ring.frames import Open, Trim
 from peer.ring.lease import Lease, Look
 from tests.simulated.home import Home
 from tests.simulated.home_agent import Agent
@@ -119,29 +121,57 @@ class NeverGivesUp(g.Generation):
 # In stages ----------------------------------------------------------------------------------------
 
 
+def without(actions: list[schedule.Action], mend: Any) -> list[schedule.Action]:
+    """With every operation of every step made another one; None: left out."""
+    return [
+        dataclasses.replace(a, ops=tuple(new for op in a.ops if (new := mend(op)) is not None))
+        if isinstance(a, schedule.Run)
+        else a
+        for a in actions
+    ]
+
+
 class NeverTrims(Scheduler):
     """A slot goes to the next answer with what the last one left in it."""
 
-    def _release(self, job: Any) -> None:
-        del self.running[job.slot]
-        self._free.append(job.slot)
+    def step(self, event: schedule.Event, now: float) -> list[schedule.Action]:
+        return without(super().step(event, now), lambda o: None if isinstance(o, Trim) else o)
+
+
+class KeepsGuesses(Scheduler):
+    """What was guessed wrongly stays in its slot."""
+
+    def step(self, event: schedule.Event, now: float) -> list[schedule.Action]:
+        actions = super().step(event, now)
+        return without(actions, lambda o: None if isinstance(o, Trim) and o.position else o)
 
 
 class PutsBackHalf(Scheduler):
     """An answer that lost its slot is not read anew."""
 
-    def _put_back(self, job: Any) -> None:
-        filled = job.filled
-        super()._put_back(job)
-        job.filled = min(filled, len(job.ids) - 1)
+    def _admit(self) -> None:
+        super()._admit()
+        for job in self.running.values():
+            if job.turn > 1 and job.sent < len(job.ids) - 1:
+                job.sent = len(job.ids) - 1
 
 
 class ForgetsHistory(Scheduler):
     """The tail's penalties begin with the first token of a submission."""
 
-    def _admit(self) -> None:
-        super()._admit()
-        self._ops = [Open(o.slot, o.sampling) if isinstance(o, Open) else o for o in self._ops]
+    def step(self, event: schedule.Event, now: float) -> list[schedule.Action]:
+        return without(
+            super().step(event, now),
+            lambda o: Open(o.slot, o.sampling) if isinstance(o, Open) else o,
+        )
+
+
+class Overtakes(Stage):
+    """A step that comes while another one is computed is computed at once."""
+
+    def take_up(self) -> None:
+        self.busy = False
+        super().take_up()
 
 
 class NeverHung(Lease):
@@ -242,6 +272,8 @@ PLANTED: dict[str, type[Home]] = {
     "the entry does not say that a link broke": entry(tells_breaks=False),
     "a slot is not trimmed": stage(make_scheduler=NeverTrims),
     "an answer that was put back is not read anew": stage(make_scheduler=PutsBackHalf),
+    "a wrong guess is not trimmed": stage(make_scheduler=KeepsGuesses),
+    "steps overtake each other": type("Home", (Home,), {"make_stage": Overtakes}),
     "penalties do not look back": stage(make_scheduler=ForgetsHistory),
     "a stage goes on when its link broke": stage(heeds_breaks=False),
     "a stage runs frames of another plan": stage(heeds_plans=False),
