@@ -188,6 +188,7 @@ def _plan(word: argparse.ArgumentParser) -> None:
     add("--rounds", metavar="N", type=int, help="so many rounds")
     add("--objective", choices=("latency", "throughput"), help="of one answer, or of many at once")
     add("--context", metavar="TOKENS", type=int, help="so long a context")
+    add("--kv", choices=("f16", "q8_0"), help="a KV cache of this type")
     add("--model", metavar="MODEL", help="its id, a GGUF file, or SIZE:QUANT such as 70B:q4_k_m")
     add("--profiles", metavar="FILE", help="plan off line, with peers from TOML or saved JSON")
     add("--save", metavar="FILE", help="write all that is planned with, as JSON for --profiles")

@@ -11,6 +11,7 @@ import numpy as np
 
 from peer.planning import costs
 from peer.planning.costs import Part, Problem
+from peer.planning.pipeline import GROUP_TOKENS
 from peer.planning.plan import Forecast
 from peer.planning.profile import EngineProfile, Link, ModelShape, Profile, Speed
 from tests.plans import shape
@@ -109,11 +110,11 @@ class Tried:
 def everything(of: Problem, throughput: bool = False) -> Tried | None:
     """The best of all subsets, orders, cuts, rounds and GPU layers: `costs.part` says what each
     window takes, and `costs.evaluate` what the best ring takes. Several rounds where a peer has a
-    disk, and where nothing fits in one."""
+    disk, and where nothing fits in one; for throughput only there."""
     layers, best, count = of.shape.layers, None, 0
     streams = any(able.disk_bytes_per_s for able in of.peers)
     for rounds in (k for k in range(1, 17) if layers % k == 0):
-        if rounds > 1 and best and not streams:
+        if rounds > 1 and best and (throughput or not streams):
             break
         parts = _parts(of, rounds)
         for order in _orders(len(of.peers)):
@@ -160,7 +161,10 @@ def _best_of(
         each = [parts.get((i, a, b), []) for i, (a, b) in zip(order, edges, strict=True)]
         if not all(each):
             continue
-        values = _values(each, shares, hops_s, rounds, throughput)
+        if throughput:
+            values = _loads(each, shares, _link_s(of, order, rounds), of.size.batch_tokens)
+        else:
+            values = _values(each, shares, hops_s, rounds)
         count += values.size
         at = np.unravel_index(int(values.argmin()), values.shape)
         if best is None or values[at] < best[0]:
@@ -168,18 +172,39 @@ def _best_of(
     return best and (best[0], best[1], count)
 
 
-def _values(each: list[list[Part]], shares: list[float], hops_s: float, rounds: int,
-            throughput: bool) -> np.ndarray:  # fmt: skip
-    """TPOT, or the busiest stage's time, of every choice of one part a peer: an axis a peer."""
+def _columns(each: list[list[Part]], name: str) -> list[np.ndarray]:
+    """A field of every choice of one part a peer: an axis a peer."""
+    columns = [np.array([getattr(part, name) for part in parts]) for parts in each]
+    return list(np.meshgrid(*columns, indexing="ij"))
 
-    def of(name: str) -> list[np.ndarray]:
-        columns = [np.array([getattr(part, name) for part in parts]) for parts in each]
-        return list(np.meshgrid(*columns, indexing="ij"))
 
-    busy, cpu, read, room = of("busy_s"), of("cpu_s"), of("read_s"), of("room_s")
+def _link_s(of: Problem, order: tuple[int, ...], rounds: int) -> float:
+    """What a token, and the share of prompts beside it, takes the busiest link of a ring up."""
+    along = [rounds * of.wire_s[a, b] for a, b in itertools.pairwise(order)]
+    back = (rounds - 1) * of.wire_s[order[-1], order[0]]
+    return max([0.0, *along, back]) * (1 + costs.PROMPT_SHARE) if len(order) > 1 else 0.0
+
+
+def _loads(
+    each: list[list[Part]], shares: list[float], link_s: float, batch_tokens: int
+) -> np.ndarray:
+    """What each token of many answers takes the busiest stage or link up."""
+    names = "group_s", "group_cpu_s", "busy_s", "cpu_s", "prefill_s", "read_s"
+    columns = [_columns(each, name) for name in names]
+    loads = [np.full_like(columns[0][0], link_s)]
+    for group, group_cpu, busy, cpu, prefill, read, share in zip(*columns, shares, strict=True):
+        prompt = costs.PROMPT_SHARE * prefill / batch_tokens
+        loads.append(group + prompt)
+        loads.append((group_cpu + prompt * np.minimum(1, cpu / busy)) / share)
+        loads.append(read / GROUP_TOKENS + read * costs.PROMPT_SHARE / batch_tokens)
+    return np.maximum.reduce(loads)
+
+
+def _values(each: list[list[Part]], shares: list[float], hops_s: float, rounds: int) -> np.ndarray:
+    """TPOT of every choice of one part a peer."""
+    busy, cpu = _columns(each, "busy_s"), _columns(each, "cpu_s")
+    read, room = _columns(each, "read_s"), _columns(each, "room_s")
     floor = np.maximum.reduce([c / share for c, share in zip(cpu, shares, strict=True)])
-    if throughput:
-        return np.maximum(floor, np.maximum.reduce([*busy, *read]))
 
     def least(token: np.ndarray) -> np.ndarray:
         total = np.full_like(floor, hops_s)

@@ -239,8 +239,10 @@ def shape_of(
     folder: Path,
     cuts: Callable[[Header], Cuts],
     kv_bytes_per_cell: Callable[[Header], Sequence[int]],
+    kv_types: Callable[[Header], Sequence[str]] = lambda _: ("f16",),
 ) -> ModelShape:
-    """What a planner must know of a stored model; cuts and KV sizes as an engine answers them.
+    """What a planner must know of a stored model; cuts, KV sizes (of f16) and types as an engine
+    answers them.
 
     Needs head.gguf and the manifest only. Raises ModelError.
     """
@@ -267,4 +269,5 @@ def shape_of(
         layer_kinds=layer_kinds(manifest),
         vocabulary=vocabulary(manifest),
         tokenizer=tokenizers.mark(header.metadata),
+        kv_types=tuple(kv_types(header)),
     )

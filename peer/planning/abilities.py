@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from peer.planning.pipeline import Curve, curve
 from peer.planning.profile import ModelShape, Profile, Speed
 
 # A byte of KV cache takes a processor longer than one of weights: attention is done in float32, on
@@ -25,6 +26,7 @@ OWN_MEMORY = ("cuda", "rocm", "hip", "vulkan")  # kinds of GPUs that do not use 
 USUAL_BYTES_PER_S = {"cpu": 8e9, "metal": 6e10, "cuda": 2e11, "rocm": 1.5e11, "vulkan": 1e11}
 USUAL_OPERATIONS_PER_S = {"cpu": 4e10, "metal": 1.5e12, "cuda": 8e12, "rocm": 5e12, "vulkan": 3e12}
 CACHE_BYTES_PER_S = 2e9  # at least, in bytes of weights as `_cache` tells it
+_LONG_ROWS = 512  # of a chunk that is computed as fast as any
 _WEIGHTS_PER_BYTE = 1.7  # of about 4.7 bits each, as most models at home
 
 Floats = NDArray[np.float64]
@@ -32,7 +34,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is kept for answers, in tokens; batch_tokens: rows of a prefill chunk."""
+    """How much is kept for answers, in tokens; batch_tokens: rows of the longest step."""
 
     context: int
     kv_cells: int
@@ -42,13 +44,20 @@ class Size:
 @dataclass(frozen=True, slots=True, eq=False)
 class Pace:
     """One processor's seconds for one model. decode_s, prefill_s: [layers], for a token (beside a
-    KV cache of FILL_TOKENS) and for a chunk; output_s: the tail's, for a token."""
+    KV cache of FILL_TOKENS) and for a chunk of batch_tokens; by: how a shorter chunk compares with
+    a long one; output_s: the tail's, for a token."""
 
     decode_s: Floats
     prefill_s: Floats
     window_s: float
     output_s: float
     measured: bool
+    by: Curve
+    batch_tokens: int
+
+    def row_s(self, prefill_s: float) -> float:
+        """Seconds of a row in a long chunk, of layers whose chunk of batch_tokens takes so long."""
+        return prefill_s / self.by.took(self.batch_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,9 +118,11 @@ def _pace(profile: Profile, shape: ModelShape, size: Size, backend: str, kind: s
     rate = USUAL_BYTES_PER_S.get(kind, USUAL_BYTES_PER_S["cpu"])
     operations = USUAL_OPERATIONS_PER_S.get(kind, USUAL_OPERATIONS_PER_S["cpu"])
     kv = _cache(shape, kind)
-    chunk = 2 * _WEIGHTS_PER_BYTE * size.batch_tokens / operations
+    row = 2 * _WEIGHTS_PER_BYTE / operations  # of a byte of weights
+    by = curve(kind, _LONG_ROWS, 1 / rate / row)
     output = shape.output_bytes or shape.embed_bytes
-    return Pace((active + kv) / rate, active * chunk, 1e-4, output / rate, False)
+    chunk = active * row * by.took(size.batch_tokens)
+    return Pace((active + kv) / rate, chunk, 1e-4, output / rate, False, by, size.batch_tokens)
 
 
 def _measured(speed: Speed, shape: ModelShape, size: Size, active: Floats) -> Pace:
@@ -122,13 +133,17 @@ def _measured(speed: Speed, shape: ModelShape, size: Size, active: Floats) -> Pa
     # A layer so small that a step is all overhead tells nothing of how fast memory is read.
     grown = decode + np.minimum(decode * kv / np.maximum(active, 1), kv / CACHE_BYTES_PER_S)
     prefill = np.array(speed.prefill_s, np.float64)[np.minimum(at, len(speed.prefill_s) - 1)]
-    factor = speed.correction or 1.0
+    factor, longest = speed.correction or 1.0, speed.prefill_tokens
+    alone = longest * float(decode.sum()) / max(float(prefill.sum()), 1e-12)
+    by = curve(speed.kind, longest, alone, speed.short_chunks)
     return Pace(
         grown * factor,
-        prefill * (factor * size.batch_tokens / speed.prefill_tokens),
+        prefill * (factor * by.took(size.batch_tokens) / longest),
         speed.window_s * factor,
         speed.output_s * factor,
         True,
+        by,
+        size.batch_tokens,
     )
 
 

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from peer.planning import costs
 from peer.planning.costs import Size
+from peer.planning.kv import sized
 from peer.planning.plan import Plan
 from peer.planning.profile import Profile
 from peer.planning.trust import CORRECTION
@@ -60,7 +61,8 @@ def corrected(profile: Profile, plan: Plan, timed: Timed) -> Profile | None:
     waited for the disk, too; where a control group throttles it, a step longer than the quota lasts
     takes up to 1 / share of its time. Both are forecast besides, and no reason to correct.
     """
-    shape, split = plan.shape, plan.split
+    split = plan.split
+    shape = sized(plan.shape, split.kv_type)
     of = costs.problem([profile], shape, Size(split.context, split.kv_cells, split.batch_tokens))
     mine = [w for w in split.windows if w.peer_id == profile.peer_id]
     if not timed.decode_s or not mine or not of.peers:

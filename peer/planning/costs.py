@@ -2,7 +2,11 @@
 
 Decoding reads every active weight once for a token, so a layer's time is what was measured for its
 kind, and grows with the KV cache that is read beside it. One token visits the windows one after
-another: TPOT is the sum of all windows and hops, and of the disk time that nothing hides.
+another: TPOT is the sum of all windows and hops, and of the disk time that nothing hides. How long
+a prompt takes is `pipeline`'s.
+
+Many answers. Groups of them are in flight in all stages at once: what counts is the slowest stage
+or link. A step of a group reads weights once for all its rows, and beside it prompts are read.
 
 Streaming. A peer that holds less than it needs reads X bytes again for each token, at the disk's
 speed: D = X / speed. With one round the memory is full of what was used last when its turn comes,
@@ -25,7 +29,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -33,102 +38,35 @@ from peer.planning.abilities import FILL_TOKENS as FILL_TOKENS
 from peer.planning.abilities import GPU_HEADROOM_BYTES as GPU_HEADROOM_BYTES
 from peer.planning.abilities import Able as Able
 from peer.planning.abilities import Floats as Floats
-from peer.planning.abilities import Pace as Pace
 from peer.planning.abilities import Size as Size
-from peer.planning.abilities import able
+from peer.planning.kv import sized
+from peer.planning.pipeline import (
+    GROUP_TOKENS,
+    NOTHING,
+    Curve,
+    Reading,
+    Ways,
+    best_chunk,
+    in_flight,
+    ttft_s,
+)
+from peer.planning.pipeline import PROMPT_TOKENS as PROMPT_TOKENS
 from peer.planning.plan import Forecast, PeerForecast, Split
-from peer.planning.profile import Link, ModelShape, Profile
+from peer.planning.problems import BYTES_PER_S as BYTES_PER_S
+from peer.planning.problems import HOP_S as HOP_S
+from peer.planning.problems import RTT_S as RTT_S
+from peer.planning.problems import UNREACHED_S as UNREACHED_S
+from peer.planning.problems import Problem as Problem
+from peer.planning.problems import compute_bytes as compute_bytes
+from peer.planning.problems import cut_off as cut_off
+from peer.planning.problems import logits_bytes as logits_bytes
+from peer.planning.problems import problem as problem
+from peer.planning.profile import ModelShape, Profile
 
-PROMPT_TOKENS = 512  # of the prompt whose TTFT is told
+PROMPT_SHARE = 2.0  # tokens of prompts that are read for each token of an answer, where many run
 HEAD_S = 3.3e-4  # of the head for each token: scheduling, and telling the entry peer
 HOP_CPU_S = 3.8e-4  # of a stage's processor for each hop; a part of it overlaps with the wire
-HOP_S = 2e-4  # of the two stages' Python and ZeroMQ around a frame, beyond the wire
-RTT_S = 1e-3  # of a link that was not measured: Ethernet and a switch
-BYTES_PER_S = 6e7  # of such a link: half a Gbit/s
-# Of a hop between two that do not reach each other: longer than any token that is waited for, so
-# that every search goes another way where there is one; finite, so that sums stay numbers.
-UNREACHED_S = 1e4
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Problem:
-    """All that a solver needs. hop_s, chunk_s, close_s: [peers, peers], from row to column: the
-    hidden state of a token, of a prefill chunk, and the sampled ids from tail to head."""
-
-    shape: ModelShape
-    size: Size
-    peers: tuple[Able, ...]
-    hop_s: Floats
-    chunk_s: Floats
-    close_s: Floats
-    compute_bytes: int  # of each window, wherever it runs
-    logits_bytes: int  # of the tail
-
-    @property
-    def tail_bytes(self) -> int:
-        """What the last window needs besides its layers. (The first one's embedding is mapped, and
-        a step touches only the rows of its tokens.)"""
-        shape = self.shape
-        return self.logits_bytes + shape.output_bytes + (shape.embed_bytes if shape.tied else 0)
-
-
-def problem(profiles: Sequence[Profile], shape: ModelShape, size: Size) -> Problem:
-    """What these peers could do with the model. Profiles without an engine are passed over."""
-    peers = tuple(able(p, shape, size) for p in profiles if p.engines)
-    bytes_hop, bytes_chunk = 4 * shape.hidden, 4 * shape.hidden * size.batch_tokens
-    links = [[_link(a.profile, b.profile) for b in peers] for a in peers]
-    apart = [[a is not b and cut_off(a.profile, b.profile) for b in peers] for a in peers]
-    broken = np.array(apart, np.bool_).reshape(len(peers), len(peers))
-
-    def matrix(carried: int) -> Floats:
-        rows = [[0.0 if a is b else way(links[i][j], carried) for j, b in enumerate(peers)]
-                for i, a in enumerate(peers)]  # fmt: skip
-        ways = np.array(rows, np.float64).reshape(len(peers), len(peers))
-        return np.where(broken, UNREACHED_S, ways)
-
-    return Problem(
-        shape, size, peers, matrix(bytes_hop), matrix(bytes_chunk), matrix(0),
-        compute_bytes(shape, size), logits_bytes(shape, size),
-    )  # fmt: skip
-
-
-def compute_bytes(shape: ModelShape, size: Size) -> int:
-    """An engine's scratch memory for one step, generously: activations and mask."""
-    return 4 * size.batch_tokens * (16 * shape.hidden + size.kv_cells)
-
-
-def logits_bytes(shape: ModelShape, size: Size) -> int:
-    """What the tail needs besides: a row of logits for each row of the batch.
-
-    A shape that does not tell its vocabulary: a quantised row of the embedding has about as many
-    bytes as it has columns, which gives its number of rows.
-    """
-    told = max(shape.embed_bytes, shape.output_bytes) // max(1, shape.hidden)
-    return 4 * size.batch_tokens * (shape.vocabulary or told)
-
-
-# Links -----------------------------------------------------------------------------------------
-
-
-def _link(a: Profile, b: Profile) -> Link:
-    """The way from one peer to another, as either of them measured it."""
-    there = next((link for link in a.links if link.peer_id == b.peer_id), None)
-    back = next((link for link in b.links if link.peer_id == a.peer_id), None)
-    if there is None:
-        return Link(b.peer_id, back.rtt_s, back.bytes_per_s) if back else Link(b.peer_id, RTT_S)
-    rtt_s = min(there.rtt_s, back.rtt_s) if back else there.rtt_s
-    return Link(b.peer_id, rtt_s, there.bytes_per_s or (back.bytes_per_s if back else 0.0))
-
-
-def cut_off(a: Profile, b: Profile) -> bool:
-    """Whether two peers do not reach each other: the word of either is enough, as frames go one way
-    and what they are answered with the other."""
-    return b.peer_id in a.unreachable or a.peer_id in b.unreachable
-
-
-def way(link: Link, carried_bytes: int) -> float:
-    """Seconds for so many bytes from stage to stage."""
-    return HOP_S + link.rtt_s / 2 + carried_bytes / (link.bytes_per_s or BYTES_PER_S)
+AnyFloats = TypeVar("AnyFloats", float, Floats)
 
 
 # One peer's part -------------------------------------------------------------------------------
@@ -140,7 +78,9 @@ class Part:
 
     busy_s: computing, for a token; cpu_s: its processor's time, with what hops take of it. read_s:
     D; room_s: reading, once, all that could stay resident. gpu_layers: of each window, the last
-    ones. memory_bytes: with what is streamed.
+    ones. memory_bytes: with what is streamed. group_s, group_cpu_s: as busy_s and cpu_s, for each
+    token of a step of GROUP_TOKENS. prefill_s: of the longest step, all of it prompt; reading: of
+    any.
     """
 
     busy_s: float
@@ -152,6 +92,19 @@ class Part:
     gpu_bytes: int
     streamed_bytes: int
     gpu_layers: int
+    group_s: float = 0.0
+    group_cpu_s: float = 0.0
+    reading: Reading = NOTHING
+
+    def reading_at(self, share: float) -> Reading:
+        """Of prompts, where the peer may use this share of its processor's time."""
+        on_cpu = min(1.0, self.cpu_s / self.busy_s)
+        return replace(self.reading, slower=1 + on_cpu * (1 / share - 1))
+
+    def load_s(self, share: float, batch_tokens: int) -> float:
+        """What each token of many answers takes the stage up, with its share of prompts."""
+        told = self.group_s, self.group_cpu_s, self.busy_s, self.cpu_s, self.prefill_s, self.read_s
+        return float(load_s(*told, share, batch_tokens))
 
     def waits_s(self, rounds: int, token_s: float) -> float:
         """E: disk time for a token of `token_s` that nothing hides."""
@@ -195,14 +148,19 @@ def part(
         return None
     if streamed and not able.disk_bytes_per_s:
         return None
-    busy, on_cpu, prefill = _times(able, cpu, gpu, len(windows), tail)
+    spent = _times(able, cpu, gpu, len(windows), tail)
     head, whole = windows[0][0] == 0, len(cpu) + len(gpu) == shape.layers
     head_s, hops_cpu_s = HEAD_S * head, HOP_CPU_S * len(windows) * (not whole)
     rate = able.disk_bytes_per_s or 1.0
     return Part(
-        busy_s=busy + head_s,
-        cpu_s=on_cpu + head_s + hops_cpu_s,
-        prefill_s=prefill,
+        busy_s=spent.busy_s + head_s,
+        cpu_s=spent.cpu_s + head_s + hops_cpu_s,
+        group_s=spent.group_s + head_s,
+        group_cpu_s=spent.group_cpu_s + head_s + hops_cpu_s / GROUP_TOKENS,
+        prefill_s=spent.prefill_s,
+        reading=Reading(
+            spent.around_s + head_s + hops_cpu_s, spent.rows, spent.output_s, streamed / rate
+        ),
         read_s=streamed / rate,
         room_s=(weights - streamed) / rate,
         memory_bytes=ram,
@@ -218,25 +176,48 @@ def _placed(windows: Sequence[tuple[int, int]], gpu_layers: int) -> tuple[list[i
     return cpu, [i for a, b in windows for i in range(max(a, b - gpu_layers), b)]
 
 
-def _times(
-    able: Able, cpu: list[int], gpu: list[int], windows: int, tail: bool
-) -> tuple[float, float, float]:
-    """busy, of that on the processor, and prefill, in seconds. cpu, gpu: layers on each."""
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """Seconds of layers, their windows and the output head; names as in Part and Reading."""
+
+    busy_s: float
+    cpu_s: float
+    group_s: float
+    group_cpu_s: float
+    prefill_s: float
+    around_s: float
+    output_s: float
+    rows: tuple[tuple[float, Curve], ...]
+
+
+def _times(able: Able, cpu: list[int], gpu: list[int], windows: int, tail: bool) -> _Spent:
+    """cpu, gpu: layers on each."""
     paces = [(able.cpu, cpu), *([(able.gpu, gpu)] if able.gpu else [])]
     cpu_s, *gpu_s = [float(pace.decode_s[layers].sum()) for pace, layers in paces]
     last = able.gpu if gpu and able.gpu else able.cpu
     output_s = last.output_s if tail else 0.0
     around_s = windows * max(p.window_s for p, layers in paces if layers)
-    prefill_s = sum(float(p.prefill_s[layers].sum()) for p, layers in paces)
-    on_cpu_s = cpu_s + around_s + (0.0 if gpu else output_s)
-    return cpu_s + sum(gpu_s) + output_s + around_s, on_cpu_s, prefill_s + output_s
+    prefill = [(float(p.prefill_s[layers].sum()), p) for p, layers in paces if layers]
+    cpu_ends_s = 0.0 if gpu else output_s
+    group_cpu_s = (cpu_s + cpu_ends_s) * able.cpu.by.group + around_s / GROUP_TOKENS
+    group_gpu_s = (sum(gpu_s) + output_s - cpu_ends_s) * last.by.group
+    return _Spent(
+        busy_s=cpu_s + sum(gpu_s) + output_s + around_s,
+        cpu_s=cpu_s + around_s + cpu_ends_s,
+        group_s=group_cpu_s + group_gpu_s,
+        group_cpu_s=group_cpu_s,
+        prefill_s=sum(seconds for seconds, _ in prefill) + output_s,
+        around_s=around_s,
+        output_s=output_s,
+        rows=tuple((p.row_s(seconds), p.by) for seconds, p in prefill),
+    )
 
 
 def busy_s(of: Problem, able: Able, windows: Sequence[tuple[int, int]], gpu_layers: int) -> float:
     """Seconds that a stage computes for a token, whether its windows fit or not."""
     gpu_layers = gpu_layers if able.gpu else 0
     cpu, gpu = _placed(windows, gpu_layers)
-    return _times(able, cpu, gpu, len(windows), windows[-1][1] == of.shape.layers)[0]
+    return _times(able, cpu, gpu, len(windows), windows[-1][1] == of.shape.layers).busy_s
 
 
 def windows(layers: int, rounds: int, edge: tuple[int, int]) -> list[tuple[int, int]]:
@@ -275,13 +256,24 @@ def token_s(
     return token
 
 
-def prefill_s(sum_s: float, slowest_s: float, chunks: int, pipelined: bool) -> float:
-    """Seconds until the last of so many chunks of a prompt came around: the first one visits all
-    stages; the others follow it at the pace of the slowest, or, not pipelined, one by one."""
-    return sum_s + (chunks - 1) * (slowest_s if pipelined else sum_s)
-
-
-PIPELINED = False  # the scheduler keeps one step in flight
+def load_s(
+    group_s: Floats | float,
+    group_cpu_s: Floats | float,
+    busy_s: Floats | float,
+    cpu_s: Floats | float,
+    prefill_s: Floats | float,
+    read_s: Floats | float,
+    share: float,
+    batch_tokens: int,
+) -> Floats:
+    """What each token of many answers takes a stage up, with its share of prompts: computing, on
+    its processor where that is throttled, or reading. The rest: as in Part."""
+    row = PROMPT_SHARE / batch_tokens
+    on_cpu = np.minimum(1.0, cpu_s / np.maximum(busy_s, 1e-12))
+    throttled_s = (group_cpu_s + row * prefill_s * on_cpu) / share
+    computing_s = np.maximum(group_s + row * prefill_s, throttled_s)
+    each: Floats = np.maximum(computing_s, read_s * (1 / GROUP_TOKENS + row))
+    return each
 
 
 def hops_s(of: Problem, order: Sequence[int], rounds: int) -> float:
@@ -300,27 +292,27 @@ def _closing(of: Problem, order: Sequence[int]) -> float:
     return float(of.close_s[order[-1], order[0]]) if len(order) > 1 else 0.0
 
 
-def evaluate(of: Problem, order: Sequence[int], rounds: int, parts: Sequence[Part]) -> Forecast:
-    """What this ring would do. parts: one a peer, as `order`."""
+def evaluate(
+    of: Problem, order: Sequence[int], rounds: int, parts: Sequence[Part], chunk_tokens: int = 0
+) -> Forecast:
+    """What this ring would do. parts: one a peer, as `order`. chunk_tokens: 0: what is best."""
     shares = [max(1e-6, of.peers[i].profile.cpu_share) for i in order]
-    least = [p.cpu_s / share for p, share in zip(parts, shares, strict=True)]
-    hops = hops_s(of, order, rounds)
-    busy = [p.busy_s for p in parts]
-    reads = [p.read_s for p in parts]
-    token = token_s(rounds, hops, busy, least, reads, [p.room_s for p in parts])
-    chunks = -(-PROMPT_TOKENS // of.size.batch_tokens)
-    slow = [
-        p.prefill_s * (1 + min(1.0, p.cpu_s / p.busy_s) * (1 / share - 1)) + p.read_s
-        for p, share in zip(parts, shares, strict=True)
-    ]
-    around = _around(of.chunk_s, order, rounds)
-    first = prefill_s(sum(slow) + around, max(slow), chunks, PIPELINED) + _closing(of, order)
-    stages = [max(b, r, at_least) for b, r, at_least in zip(busy, reads, least, strict=True)]
+    hops, ways, batch = hops_s(of, order, rounds), _ways(of, order, rounds), of.size.batch_tokens
+    token = token_s(
+        rounds,
+        hops,
+        [p.busy_s for p in parts],
+        [p.cpu_s / share for p, share in zip(parts, shares, strict=True)],
+        [p.read_s for p in parts],
+        [p.room_s for p in parts],
+    )
+    reading = [p.reading_at(share) for p, share in zip(parts, shares, strict=True)]
+    chunk = chunk_tokens or best_chunk(reading, ways, rounds, batch)
     peers = tuple(
         PeerForecast(
             peer_id=of.peers[i].peer_id,
             decode_s=p.busy_s,
-            prefill_s=p.prefill_s,
+            prefill_s=p.reading.computing_s(min(chunk, PROMPT_TOKENS)),
             disk_s=p.waits_s(rounds, token),
             memory_bytes=p.memory_bytes - p.streamed_bytes,
             gpu_bytes=p.gpu_bytes,
@@ -329,12 +321,56 @@ def evaluate(of: Problem, order: Sequence[int], rounds: int, parts: Sequence[Par
         )
         for i, p in zip(order, parts, strict=True)
     )
-    return Forecast(token, first, PROMPT_TOKENS, hops, max(stages), peers)
+    loads = [p.load_s(share, batch) for p, share in zip(parts, shares, strict=True)]
+    return Forecast(
+        tpot_s=token,
+        ttft_s=ttft_s(PROMPT_TOKENS, chunk, reading, ways, rounds),
+        prompt_tokens=PROMPT_TOKENS,
+        hops_s=hops,
+        stage_s=_stage_s(parts, shares, hops, ways, rounds),
+        peers=peers,
+        chunk_tokens=chunk,
+        load_s=max(*loads, link_load_s(ways.busiest_s)),
+    )
+
+
+def link_load_s(row_s: AnyFloats) -> AnyFloats:
+    """What each token of many answers takes a link up, with its share of prompts."""
+    return row_s * (1 + PROMPT_SHARE)
+
+
+def _stage_s(
+    parts: Sequence[Part], shares: Sequence[float], hops_s: float, ways: Ways, rounds: int
+) -> float:
+    """Of the slowest stage or link for each token of many answers; or what the way around allows,
+    with as many groups on it as there may be."""
+    each = [
+        max(p.group_s, p.group_cpu_s / share, p.read_s / GROUP_TOKENS)
+        for p, share in zip(parts, shares, strict=True)
+    ]
+    around = sum(p.group_s for p in parts) + (hops_s + sum(p.read_s for p in parts)) / GROUP_TOKENS
+    return max(*each, ways.busiest_s, around / in_flight(len(parts), rounds))
+
+
+def _ways(of: Problem, order: Sequence[int], rounds: int) -> Ways:
+    """What the links take of a prompt."""
+    if len(order) == 1:
+        return Ways()
+    along = max(float(of.wire_s[a, b]) for a, b in itertools.pairwise(order))
+    back = float(of.wire_s[order[-1], order[0]])
+    row_s = _around(of.wire_s, order, rounds)
+    return Ways(
+        along_s=_around(of.hop_s, order, rounds) - row_s,
+        row_s=row_s,
+        busiest_s=max(rounds * along, (rounds - 1) * back),
+        closing_s=_closing(of, order),
+    )
 
 
 def forecast(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Forecast | None:
     """What a split would do with these profiles; None where one of its peers is not among them, or
     cannot hold its windows."""
+    shape = sized(shape, split.kv_type)
     of = problem(profiles, shape, Size(split.context, split.kv_cells, split.batch_tokens))
     index = {able.peer_id: i for i, able in enumerate(of.peers)}
     ring = list(dict.fromkeys(w.peer_id for w in split.windows))
@@ -350,4 +386,5 @@ def forecast(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Fo
             return None
         parts.append(found)
     order = [index[peer_id] for peer_id in ring]
-    return evaluate(of, order, len(split.windows) // len(ring), parts)
+    chunk_tokens = split.chunk_tokens or split.batch_tokens
+    return evaluate(of, order, len(split.windows) // len(ring), parts, chunk_tokens)

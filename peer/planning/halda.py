@@ -48,8 +48,9 @@ def solve(of: Problem, wanted: Wanted | None = None, *, streams: bool = True) ->
     """The best ring, None where nothing fits. The same input gives the same ring.
 
     latency: the least TPOT; among rings within AS_FAST of it the least TTFT; where `missing` is
-    told, within AS_FAST_MISSING the fewest missing bytes, then TTFT. throughput: the least time of
-    the busiest stage, then TPOT. before: within its worth the fewest missing bytes, its peers in
+    told, within AS_FAST_MISSING the fewest missing bytes, then TTFT. throughput: the least load of
+    the busiest stage or link, then TPOT, in one round wherever that can be: with more of them only
+    one step is in flight. before: within its worth the fewest missing bytes, its peers in
     their order, then TPOT. streams: whether windows may be read from the disk for each token.
     No two that do not reach each other are neighbours, unless there is no other ring (`broken`).
     """
@@ -68,7 +69,8 @@ def searched(
     best: tuple[Ring, _Search] | None = None
     inexact = False
     for rounds in _rounds(of, wanted) if of.peers else ():
-        if rounds > 1 and best and not wanted.rounds and not _can_stream(of, streams):
+        many = wanted.objective == "throughput"
+        if rounds > 1 and best and not wanted.rounds and (many or not _can_stream(of, streams)):
             break  # several rounds only hide streaming
         search = _Search(Prices(of, wanted, rounds, streams), wanted, work_max)
         found = search.best(best[0] if best and not best[0].broken else None)
@@ -128,23 +130,24 @@ class _Search:
         """The best ring, None where none is better than the one of other rounds."""
         if self._wanted.objective == "latency":
             return self._fastest(PLAIN, known.forecast.tpot_s if known else math.inf)
-        stage_s = self._busiest()
-        if stage_s == math.inf or (known and stage_s > known.forecast.stage_s * (1 - AS_BUSY)):
+        load_s = self._busiest()
+        if load_s == math.inf or (known and load_s > known.forecast.load_s * (1 - AS_BUSY)):
             return None
-        ring = self._fastest(Lean(stage_s=stage_s * (1 + AS_BUSY)), math.inf)
-        return (self._whole(stage_s) or ring) if ring and ring.broken else ring
+        lean = Lean(load_s=load_s * (1 + AS_BUSY))
+        ring = self._fastest(lean, math.inf)
+        return (self._whole(load_s) or ring) if ring and _beyond(ring, lean) else ring
 
-    def _whole(self, stage_s: float) -> Ring | None:
-        """The ring with the least bottleneck above stage_s in which all neighbours reach each
-        other, None where there is none: what the busiest stage takes says nothing of hops."""
+    def _whole(self, load_s: float) -> Ring | None:
+        """The ring with the least bottleneck above load_s in which all neighbours reach each other,
+        None where there is none: what the busiest stage takes says nothing of links."""
         best = self._fastest(PLAIN, math.inf)
         if best is None or best.broken:
             return None
-        while best.forecast.stage_s > stage_s * (1 + AS_BUSY):
-            middle_s = math.sqrt(stage_s * best.forecast.stage_s)
-            ring = self._fastest(Lean(stage_s=middle_s), math.inf)
-            if ring is None or ring.broken:
-                stage_s = middle_s
+        while best.forecast.load_s > load_s * (1 + AS_BUSY):
+            lean = Lean(load_s=math.sqrt(load_s * best.forecast.load_s))
+            ring = self._fastest(lean, math.inf)
+            if ring is None or _beyond(ring, lean):
+                load_s = lean.load_s
             else:
                 best = ring
         return best
@@ -224,14 +227,14 @@ class _Search:
         then is within it. Leaning more finds more, where that is within it as well.
         """
         throughput = self._wanted.objective == "throughput"
-        stage_s = best.forecast.stage_s * (1 + AS_BUSY) if throughput else math.inf
+        load_s = best.forecast.load_s * (1 + AS_BUSY) if throughput else math.inf
         missing, tpot_s, ttft_s = self._missing(best), best.forecast.tpot_s, best.forecast.ttft_s
         slack = max(AS_FAST_MISSING, self._wanted.within) if missing else AS_FAST
         rank, self._order = (missing, ttft_s), best.order
         for factor in LEANINGS:
-            lean = Lean(factor * slack * tpot_s / max(ttft_s, 1e-9), stage_s=stage_s)
+            lean = Lean(factor * slack * tpot_s / max(ttft_s, 1e-9), load_s=load_s)
             if missing:
-                lean = Lean(lean.ttft / 1000, factor * slack * tpot_s / missing, stage_s)
+                lean = Lean(lean.ttft / 1000, factor * slack * tpot_s / missing, load_s)
             limit_s = tpot_s * (1 + slack)
             upper = limit_s + lean.ttft * ttft_s + lean.missing * missing
             found = self._ring(limit_s, lean, upper)
@@ -245,14 +248,14 @@ class _Search:
         with its peers in the order of `before`, where that can be, else in any. None where none
         has fewer or as few."""
         missing, tpot_s, worth = self._missing(best), best.forecast.tpot_s, before.worth
-        limit_s, busiest_s = tpot_s * (1 + worth), best.forecast.stage_s * (1 + worth)
-        stage_s = busiest_s if before.objective == "throughput" else math.inf
+        limit_s, busiest_s = tpot_s * (1 + worth), best.forecast.load_s * (1 + worth)
+        load_s = busiest_s if before.objective == "throughput" else math.inf
         even = AS_FAST_MISSING * tpot_s / max(missing, 1.0) ** 2  # no more than that, of all rings
         self._order = best.order
         leanings = LEANINGS_MANY if self.inexact else LEANINGS_BEFORE
         for more in (*_ordered(len(self._prices.of.peers), before.order), None):
             for factor in leanings:
-                lean = Lean(0.0, factor * worth * tpot_s / max(missing, 1.0), stage_s, even)
+                lean = Lean(0.0, factor * worth * tpot_s / max(missing, 1.0), load_s, even)
                 upper = limit_s * (1 + AS_FAST_MISSING) + lean.missing * missing
                 found = self._ring(limit_s, lean, upper, more)
                 if not found or found[1].forecast.tpot_s > limit_s:
@@ -265,6 +268,11 @@ class _Search:
 
     def _missing(self, ring: Ring) -> float:
         return self._wanted.missing_bytes(ring, self._prices.of.shape.layers)
+
+
+def _beyond(ring: Ring, lean: Lean) -> bool:
+    """Whether a link in it takes longer than is allowed, or joins two that are apart."""
+    return ring.broken or ring.forecast.load_s > lean.load_s * (1 + NEAR)
 
 
 def _ordered(peers: int, order: Sequence[int]) -> Iterator[tuple[Floats, Floats]]:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from peer.errors import NoPlan, ProtocolError
 from peer.planning import costs, drafts, reasons, trust
-from peer.planning.plan import Forecast, LeftOut, Plan, PlanId, PlanState, check
+from peer.planning.plan import Forecast, LeftOut, Plan, PlanId, PlanState, Split, check
 from peer.planning.profile import ModelOffer, ModelShape, Profile
 from peer.planning.split import Wishes, solve
 from peer.protocol import Plans, decode_control, encode
@@ -211,6 +211,9 @@ def _wishes(question: Question, profiles: Sequence[Profile], shape: ModelShape) 
         context=mine.context_wanted if mine else 0,
         spread_all=any(profile.spread_all for profile in profiles),
         objective=mine.objective if mine else "latency",
+        kv_type=mine.kv_type if mine else "f16",
+        flash=mine.flash if mine else "auto",
+        speculation=mine.speculation if mine else "auto",
         order=question.current[0].ring if question.current else before.ring if before else (),
         held=held,
         before=before.split if before else None,
@@ -279,6 +282,8 @@ def _gain(question: Question, now: Plan, made: Plan) -> str:
     wanted = min(mine.context_wanted if mine else 0, now.shape.context or math.inf)
     if wanted and made.split.context == wanted != now.split.context:
         return f"{wanted} tokens of context, as is set"
+    if asked := _as_set(now.split, made.split):
+        return asked
     if drafted := drafts.gain(now.split, made.split, question.members.here):
         return drafted
     before, after = as_it_runs(profiles, now), costs.forecast(profiles, made.shape, made.split)
@@ -293,6 +298,17 @@ def _gain(question: Question, now: Plan, made: Plan) -> str:
         return f"{what} in {new_s * 1e3:.3g} ms instead of {old_s * 1e3:.3g} ms"
     if made.split.context >= 2 * now.split.context and new_s <= old_s * (1 + WORTH):
         return f"room for {made.split.context} tokens of context"
+    return ""
+
+
+def _as_set(now: Split, made: Split) -> str:
+    """Which setting of this peer a plan follows that the one of now does not, in words, or ""."""
+    if made.kv_type != now.kv_type:
+        return f"a KV cache of {made.kv_type}, as is set"
+    if made.flash != now.flash:
+        return f"flash attention {made.flash}, as is set"
+    if made.speculation != now.speculation:
+        return f"speculation {made.speculation}, as is set"
     return ""
 
 

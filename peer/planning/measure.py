@@ -84,7 +84,9 @@ def measure(order: MeasureOrder) -> Measured:
     for folder in order.folders if opened else ():
         engine = opened[0][0]
         try:
-            shapes[folder] = shape_of(Path(folder), engine.cuts, engine.kv_bytes_per_cell)
+            shapes[folder] = shape_of(
+                Path(folder), engine.cuts, engine.kv_bytes_per_cell, engine.kv_types
+            )
         except (HalkaError, BackendFault, OSError) as error:
             faults[folder] = str(error)
     return Measured(
@@ -116,7 +118,7 @@ def _speeds(
     try:
         manifest = load(folder)
         header = load_header(folder, manifest)
-        shape = shape_of(folder, engine.cuts, engine.kv_bytes_per_cell)
+        shape = shape_of(folder, engine.cuts, engine.kv_bytes_per_cell, engine.kv_types)
         families = layer_families(manifest)
     except (HalkaError, BackendFault, OSError) as error:
         faults[order.folder] = str(error)

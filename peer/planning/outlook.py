@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from peer.planning import costs, reasons
+from peer.planning.kv import sized
 from peer.planning.making import Members, Question, able, make
 from peer.planning.plan import Plan
 from peer.planning.profile import PEERS_MAX, ModelOffer, ModelShape
@@ -139,7 +140,8 @@ class _Outlook:
     def _neighbours(self, question: Question, lost: str) -> _Fallback:
         """In a large home: each window of the lost one goes to those before and after it, half and
         half; whether there is memory for that is only reckoned for all of them together."""
-        shape, windows = self._plan.shape, self._plan.split.windows
+        windows = self._plan.split.windows
+        shape = sized(self._plan.shape, self._plan.split.kv_type)
         profiles = able(question, shape)
         of = costs.problem(profiles, shape, costs.Size(CONTEXT_LEAST, CONTEXT_LEAST, BATCH_TOKENS))
         rooms = [max(0, peer.memory_bytes - of.compute_bytes) for peer in of.peers]

@@ -85,7 +85,7 @@ class Split(Value, frozen=True):
 class PeerForecast(Value, frozen=True):
     """What a peer's part in a split is expected to take.
 
-    decode_s: computing, for each token. prefill_s: computing, for a chunk of `batch_tokens`.
+    decode_s: computing, for each token. prefill_s: computing, for a chunk of the forecast's.
     disk_s: waiting for the disk, for each token, beyond what is hidden behind the others' work.
     memory_bytes: of the machine; gpu_bytes: of its GPU (where unified, part of the former).
     measured: from a measured speed; otherwise from what is usual for its kind of processor.
@@ -102,10 +102,12 @@ class PeerForecast(Value, frozen=True):
 
 
 class Forecast(Value, frozen=True):
-    """What a split is expected to do. ttft_s: for a prompt of `prompt_tokens`.
+    """What a split is expected to do. ttft_s: for a prompt of `prompt_tokens`, read in chunks of
+    `chunk_tokens` (0: not told).
 
-    stage_s: of the slowest stage or link for each token: with enough answers at once, the time
-    between tokens of all of them together.
+    stage_s: of the slowest stage or link for each token where groups of answers are in flight in
+    all stages at once: the time between tokens of all of them together. load_s: the same with each
+    token's share of reading prompts, which is what is to be small for many answers; 0: not told.
     """
 
     tpot_s: Seconds
@@ -114,10 +116,12 @@ class Forecast(Value, frozen=True):
     hops_s: Seconds  # of tpot_s, what the links take
     stage_s: Seconds
     peers: Annotated[tuple[PeerForecast, ...], msgspec.Meta(max_length=PEERS_MAX)]
+    chunk_tokens: Count = 0
+    load_s: Seconds = 0.0
 
     def cost_s(self, objective: str) -> float:
         """What a plan for this objective (latency | throughput) is to keep small."""
-        return self.stage_s if objective == "throughput" else self.tpot_s
+        return (self.load_s or self.stage_s) if objective == "throughput" else self.tpot_s
 
 
 class Plan(Value, frozen=True):

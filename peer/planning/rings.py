@@ -109,12 +109,13 @@ def made(of: Problem, steps: Sequence[Step], rounds: int, gpu_layers: Sequence[i
 @dataclass(frozen=True, slots=True)
 class Lean:
     """What is added to the seconds of a token: so many for each second of TTFT and each byte that
-    is missing. stage_s: windows that take their stage up longer are not allowed. uneven: seconds
-    for the square of a peer's missing bytes, as all peers load at the same time."""
+    is missing. load_s: windows that take their stage up longer for each token of many answers are
+    not allowed, links no more than between two that do not reach each other. uneven: seconds for
+    the square of a peer's missing bytes, as all peers load at the same time."""
 
     ttft: float = 0.0
     missing: float = 0.0
-    stage_s: float = np.inf
+    load_s: float = np.inf
     uneven: float = 0.0
 
 
@@ -156,7 +157,11 @@ class Prices:
     def hops(self, lean: Lean = PLAIN) -> Floats:
         """[peers, peers] of a token, from each window to the next."""
         of = self.of
-        return self.rounds * (of.hop_s + lean.ttft * self._chunks * of.chunk_s)
+        each = self.rounds * (of.hop_s + lean.ttft * self._chunks * of.chunk_s)
+        if lean.load_s == np.inf:
+            return each
+        slow = costs.link_load_s(self.rounds * of.wire_s) > lean.load_s
+        return np.where(slow, costs.UNREACHED_S, each)
 
     def closing(self, lean: Lean = PLAIN) -> Floats:
         """[peers, peers] of a token, from the last window of a round to the first."""
@@ -171,8 +176,9 @@ class Prices:
         return np.stack(each)
 
     def stages(self) -> Floats:
-        """[peers, edges, edges] seconds that each token takes the stage up; inf as above."""
-        return np.stack([table.stage_s.min(axis=0) for table in self._tables])
+        """[peers, edges, edges] seconds that each token of many answers takes the stage up; inf as
+        above."""
+        return np.stack([table.load_s.min(axis=0) for table in self._tables])
 
     def _costs(self, peer: int, token_s: float, lean: Lean) -> Floats:
         """[choices, edges, edges]."""
@@ -186,8 +192,8 @@ class Prices:
             each = each + lean.missing * self._missing[peer]
         if lean.uneven:
             each = each + lean.uneven * self._missing[peer] ** 2
-        if lean.stage_s < np.inf:
-            each = np.where(table.stage_s <= lean.stage_s, each, np.inf)
+        if lean.load_s < np.inf:
+            each = np.where(table.load_s <= lean.load_s, each, np.inf)
         return each
 
     @cached_property
@@ -226,6 +232,8 @@ def _at(table: Table, edges: Ints) -> Table:
         fits=table.fits[here],
         busy_s=table.busy_s[here],
         cpu_s=table.cpu_s[here],
+        group_s=table.group_s[here],
+        group_cpu_s=table.group_cpu_s[here],
         prefill_s=table.prefill_s[here],
         read_s=table.read_s[here],
         room_s=table.room_s[here],

@@ -124,16 +124,21 @@ def adoptable(state: PlanState, term: int, present: frozenset[str]) -> bool:
 
 
 def is_same(plan: Plan, shape: ModelShape, split: Split) -> bool:
-    """Whether this plan's windows are the split's, for the same model, context and KV cache."""
+    """Whether this plan's windows and settings are the split's, for the same model, context and KV
+    cache."""
 
     def windows(of: Split) -> list[tuple[str, int, int, str, int]]:
         return [(w.peer_id, w.first, w.last, w.backend, w.gpu_layers) for w in of.windows]
+
+    def settings(of: Split) -> tuple[str, ...]:
+        return of.kv_type, of.flash, of.speculation
 
     return (
         plan.shape == shape
         and (plan.split.context, plan.split.kv_cells) == (split.context, split.kv_cells)
         and windows(plan.split) == windows(split)
         and plan.split.draft == split.draft
+        and settings(plan.split) == settings(split)
     )
 
 

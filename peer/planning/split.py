@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from peer.errors import NoPlan
-from peer.planning import after_loss, coarse, costs, halda, reasons, trust
+from peer.planning import after_loss, coarse, costs, halda, kv, reasons, trust
 from peer.planning.costs import Floats, Problem, Size
 from peer.planning.halda import Ring, Wanted
 from peer.planning.plan import LeftOut, PlanWindow, Split
 from peer.planning.profile import ModelShape, Profile
 from peer.planning.wishes import Wishes as Wishes
 
-SLOTS = 8  # answers at once; more wait for their turn
+SLOTS = 32  # answers at once and finished ones that are kept; more wait for their turn
+SLOTS_RECURRENT = 8  # each has a state of its own in every recurrent layer, used or not
+WHOLE_ANSWERS = 8  # of the longest context, for which there is KV cache where there is room
 BATCH_TOKENS = 512  # rows of a prefill chunk: llama.cpp's own default
 CONTEXT_DEFAULT = 32768  # tokens; a longer context is taken only when it is asked for
 CONTEXT_GOOD = 8192  # tokens; so much is not given up for speed
@@ -65,6 +67,8 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     if lost := min(wishes.pinned.keys() - here, default=""):
         why = next((left.why for left in left_out if left.peer_id == lost), "it is not here")
         raise NoPlan(f"peer {lost} cannot have the window that is asked for: {why}")
+    kv_type, not_wanted = kv.possible(shape, wishes.kv_type, wishes.flash)
+    shape = kv.sized(shape, kv_type)
     search = _Search(able, shape, wishes)
     found = search.best()
     if found is None:
@@ -85,16 +89,22 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
         if p.peer_id not in busy
     ]
     why = reasons.chosen(of, found.ring, search.context_wanted)
+    if not_wanted:
+        why += f"; {not_wanted}"
     if wishes.before is not None:
         why += f"; {reasons.stayed(of.shape, windows, wishes.before)}"
     return Split(
         windows=windows,
         context=of.size.context,
         kv_cells=of.size.kv_cells,
-        slots=SLOTS,
+        slots=SLOTS if all(shape.layer_kv_bytes) else SLOTS_RECURRENT,
         batch_tokens=BATCH_TOKENS,
         left_out=tuple(left_out),
         why=why[:1000],
+        chunk_tokens=found.ring.forecast.chunk_tokens,
+        kv_type=kv_type,
+        flash=wishes.flash,
+        speculation=wishes.speculation,
     )
 
 
@@ -311,7 +321,7 @@ def _id(profile: Profile) -> str:
 def _with_more_cells(found: _Found) -> Problem:
     """The same ring, with KV cache for as many more answers as there is room for."""
     of, context = found.of, found.of.size.context
-    cells = min(SLOTS * context, max(context, CONTEXT_DEFAULT))
+    cells = min(WHOLE_ANSWERS * context, max(context, CONTEXT_DEFAULT))
     while cells > context:
         size = _size(context, cells)
         if _whole_bytes(of.shape, size) <= BYTES_MAX:

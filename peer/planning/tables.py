@@ -14,8 +14,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from peer.planning.costs import HEAD_S, HOP_CPU_S, Able, Floats, Problem
+from peer.planning.costs import HEAD_S, HOP_CPU_S, Able, Floats, Problem, load_s
 from peer.planning.cuts import Cuts, Flags, Ints
+from peer.planning.pipeline import GROUP_TOKENS
 from peer.planning.profile import ModelShape
 
 _Number = TypeVar("_Number", np.int64, np.float64)
@@ -32,11 +33,14 @@ class Table:
     fits: Flags
     busy_s: Floats
     cpu_s: Floats
+    group_s: Floats
+    group_cpu_s: Floats
     prefill_s: Floats
     read_s: Floats
     room_s: Floats
     gpu_layers: Ints
     share: float
+    batch_tokens: int
 
     def token_s(self, token_s: float) -> Floats:
         """[W + 1, W + 1] what the window adds to a token of so many seconds; inf where it does not
@@ -50,9 +54,13 @@ class Table:
         return np.where(allowed, busy + waits, np.inf)
 
     @property
-    def stage_s(self) -> Floats:
-        """[W + 1, W + 1] how long each token takes the stage up; inf where it does not fit."""
-        each = np.maximum(np.maximum(self.busy_s, self.read_s), self.cpu_s / self.share)
+    def load_s(self) -> Floats:
+        """[W + 1, W + 1] how long each token of many answers, with its share of prompts, takes the
+        stage up; inf where it does not fit."""
+        each = load_s(
+            self.group_s, self.group_cpu_s, self.busy_s, self.cpu_s, self.prefill_s, self.read_s,
+            self.share, self.batch_tokens,
+        )  # fmt: skip
         return np.where(self.fits, each, np.inf)
 
 
@@ -111,13 +119,13 @@ class Tables:
         return Table(
             k, fits, *self._times(able, a, b, starts, on_gpu, tail),
             streamed / rate, kept / rate, b - starts,
-            max(1e-6, able.profile.cpu_share),
+            max(1e-6, able.profile.cpu_share), of.size.batch_tokens,
         )  # fmt: skip
 
     def _times(
         self, able: Able, a: Ints, b: Ints, starts: Ints, on_gpu: Flags, tail: Flags
-    ) -> tuple[Floats, Floats, Floats]:
-        """busy, of that on the processor, and prefill."""
+    ) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+        """busy, of that on the processor, the same two for a token of a group, and prefill."""
         cpu, gpu = able.cpu, able.gpu or able.cpu
 
         def spent(slow: Floats, fast: Floats) -> tuple[Floats, Floats]:
@@ -128,12 +136,16 @@ class Tables:
         output_s = np.where(on_gpu, gpu.output_s, cpu.output_s) * tail
         with_cpu = np.where(starts > a, cpu.window_s, 0.0)
         around_s = self.rounds * np.maximum(with_cpu, np.where(on_gpu, gpu.window_s, 0.0))
-        around_s = around_s + HEAD_S * (a == 0)
         hops_cpu_s = self.rounds * HOP_CPU_S * ~((a == 0) & tail)
         slow_s, fast_s = spent(cpu.prefill_s, gpu.prefill_s)
+        cpu_s, gpu_s = cpu_s + np.where(on_gpu, 0.0, output_s), gpu_s + output_s * on_gpu
+        head_s = HEAD_S * (a == 0)
+        group_cpu_s = cpu_s * cpu.by.group + around_s / GROUP_TOKENS + head_s
         return (
-            cpu_s + gpu_s + output_s + around_s,
-            cpu_s + around_s + hops_cpu_s + np.where(on_gpu, 0.0, output_s),
+            cpu_s + gpu_s + around_s + head_s,
+            cpu_s + around_s + head_s + hops_cpu_s,
+            group_cpu_s + gpu_s * gpu.by.group,
+            group_cpu_s + hops_cpu_s / GROUP_TOKENS,
             slow_s + fast_s + output_s,
         )
 

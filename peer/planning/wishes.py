@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peer.planning.plan import Split
+from peer.planning.plan import Flash, KvType, Speculation, Split
 
 Objective = Literal["latency", "throughput"]
 
@@ -20,7 +20,8 @@ class Wishes:
     earlier ring. held: parts that peers have already. without, only: who may not take part.
     pinned: a peer's window [first, last), fixed. rounds: 0: as many as are best. before: a split
     that lost peers, of which as much as can be stays. unheard: of a peer, how many that could ask
-    it something do not reach it: not to be the head, if others can be.
+    it something do not reach it: not to be the head, if others can be. kv_type: of the KV cache,
+    where the model can have it. flash, speculation: for the stages, unchanged.
     """
 
     context: int = 0
@@ -34,3 +35,6 @@ class Wishes:
     rounds: int = 0
     before: Split | None = None
     unheard: Mapping[str, int] = field(default_factory=dict)
+    kv_type: KvType = "f16"
+    flash: Flash = "auto"
+    speculation: Speculation = "auto"

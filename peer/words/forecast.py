@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from peer.planning.pipeline import in_flight
 from peer.planning.plan import Forecast, PeerForecast, PlanWindow, Split
 from peer.planning.profile import ModelShape
 from peer.words import ring
@@ -88,9 +89,16 @@ def facts(seen: Seen, screen: Screen) -> str:
         [
             count(seen.shape.layers, "layer"), count(len(seen.ring), "peer"),
             count(seen.rounds, "round"), f"{split.context} tokens of context",
-            count(split.slots, "slot"),
+            count(split.slots, "slot"), *_settings(split),
         ]
     )  # fmt: skip
+
+
+def _settings(split: Split) -> list[str]:
+    """Those of the coordinator that are not as usual."""
+    said = [f"KV cache {split.kv_type}"] if split.kv_type != "f16" else []
+    said += [f"flash attention {split.flash}"] if split.flash != "auto" else []
+    return said + ([f"speculation {split.speculation}"] if split.speculation != "auto" else [])
 
 
 def times(seen: Seen, screen: Screen) -> list[str]:
@@ -111,10 +119,17 @@ def times(seen: Seen, screen: Screen) -> list[str]:
     many = f"{rate:.0f}" if rate >= 9.5 else f"{rate:.1f}" if rate >= 0.095 else f"{rate:.2g}"
     return [
         *screen.wrap(tpot, "  TPOT  "),
-        *screen.wrap(f"{ttft} for a prompt of {forecast.prompt_tokens} tokens", "  TTFT  "),
+        *screen.wrap(f"{ttft} for a prompt of {_prompt(seen, forecast)}", "  TTFT  "),
         *screen.wrap(f"many answers at once share up to {many} tokens a second", "  "),
         *_guesses(seen, forecast, screen),
     ]
+
+
+def _prompt(seen: Seen, forecast: Forecast) -> str:
+    """512 tokens, in chunks of 64."""
+    chunk = forecast.chunk_tokens
+    text = f"{forecast.prompt_tokens} tokens"
+    return f"{text}, in chunks of {chunk}" if 0 < chunk < forecast.prompt_tokens else text
 
 
 def _guesses(seen: Seen, forecast: Forecast, screen: Screen) -> list[str]:
@@ -132,9 +147,20 @@ def _ttft_s(seen: Seen, forecast: Forecast) -> float:
     took = [seen.timed.peers[p].prefill_s if p in seen.timed.peers else 0.0 for p in seen.ring]
     if not took or not all(took):
         return 0.0
-    chunks = -(-forecast.prompt_tokens // seen.split.batch_tokens)
-    beside = forecast.ttft_s - chunks * sum(peer.prefill_s for peer in forecast.peers)
-    return sum(took) * forecast.prompt_tokens + max(0.0, beside)
+    chunk = forecast.chunk_tokens or seen.split.batch_tokens
+    rows = min(chunk, forecast.prompt_tokens)
+    chunks = forecast.prompt_tokens / rows
+    depth = in_flight(len(seen.ring), seen.rounds)
+    predicted = _chunks_s([peer.prefill_s for peer in forecast.peers], chunks, depth)
+    beside = forecast.ttft_s - predicted
+    return _chunks_s([each * rows for each in took], chunks, depth) + max(0.0, beside)
+
+
+def _chunks_s(each_s: Sequence[float], chunks: float, depth: int) -> float:
+    """What so many chunks keep the stages computing: the first one all of them, the others at the
+    pace of the slowest; one after another where only one is in flight."""
+    around = sum(each_s)
+    return around + (chunks - 1) * (max(each_s) if depth > 1 else around)
 
 
 def in_a_line(seen: Seen, screen: Screen) -> str:
@@ -266,6 +292,8 @@ def difference(
         said.append(_instead("TTFT", before.ttft_s, after.ttft_s))
     if _layout(now) == _layout(then):
         said.append("the same peers run the same layers")
+    if now.split.kv_type != then.split.kv_type:
+        said.append(f"a KV cache of {then.split.kv_type} instead of {now.split.kv_type}")
     if now.split.context != then.split.context:
         said.append(f"{then.split.context} tokens of context instead of {now.split.context}")
     if held:

@@ -22,7 +22,7 @@ from peer.words.screen import Screen, say, size
 from peer.words.state import PeerState, Status
 
 PLANNED = (
-    "with_", "without", "only", "link", "window", "rounds", "objective", "context", "model",
+    "with_", "without", "only", "link", "window", "rounds", "objective", "context", "kv", "model",
     "profiles", "save",
 )  # fmt: skip
 """Flags that ask for more than the plan that runs."""

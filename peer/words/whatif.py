@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from peer.errors import CommandError
 from peer.planning import trust
 from peer.planning.abilities import OWN_MEMORY
+from peer.planning.plan import KvType
 from peer.planning.profile import EngineProfile, ModelShape, Profile
 from peer.planning.wishes import Objective, Wishes
 from peer.words import cables, paces
@@ -51,6 +52,7 @@ class WhatIf:
     rounds: int = 0
     context: int = 0
     objective: Objective | None = None
+    kv_type: KvType | None = None
 
     @property
     def nothing(self) -> bool:
@@ -84,6 +86,7 @@ def read(args: Namespace) -> WhatIf:
         _number("--rounds", args.rounds, 1, 64),
         _number("--context", args.context, 1, 1 << 31),
         args.objective,
+        args.kv,
     )
 
 
@@ -229,6 +232,9 @@ def wishes(basis: Basis, model: KnownModel, change: WhatIf, names: Mapping[str, 
         context=change.context or (mine.context_wanted if mine else 0),
         spread_all=any(profile.spread_all for profile in basis.profiles),
         objective=change.objective or (mine.objective if mine else "latency"),
+        kv_type=change.kv_type or (mine.kv_type if mine else "f16"),
+        flash=mine.flash if mine else "auto",
+        speculation=mine.speculation if mine else "auto",
         order=basis.plan.ring if basis.plan else (),
         held={peer_id: frozenset(parts) for peer_id, parts in model.held.items()},
         without=frozenset(find(name, names, "--without") for name in change.without),

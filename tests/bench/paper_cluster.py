@@ -136,6 +136,9 @@ def _speed(of: ModelShape, kind: str, pace: Pace) -> Speed:
     """A layer's weights are read once for a token, and used for two operations by each."""
     layer = of.layer_bytes[0]
     operations = 2 * PREFILL_TOKENS * layer * WEIGHTS_PER_BYTE
+    # A short chunk reads the weights once, and is computed as fast as a long one.
+    alone = pace.operations_per_s / (2 * WEIGHTS_PER_BYTE * pace.bytes_per_s)
+    short = tuple((rows, max(1.0, alone / rows)) for rows in (16, 32, 64, 128, 256))
     return Speed(
         digest=of.digest,
         backend=BACKEND,
@@ -146,4 +149,5 @@ def _speed(of: ModelShape, kind: str, pace: Pace) -> Speed:
         prefill_tokens=PREFILL_TOKENS,
         window_s=WINDOW_S,
         output_s=(of.output_bytes or of.embed_bytes) / pace.bytes_per_s,
+        short_chunks=short,
     )

@@ -73,6 +73,15 @@ STREAMED = PlanState(
 LEAVING_PROFILE = msgspec.structs.replace(
     PROFILE, leaving=True, unreachable=(BOB,), spare_bytes=5 << 30
 )
+WISHING_PROFILE = msgspec.structs.replace(
+    MEASURED_PROFILE, draft_wanted="smollm2-135m-instruct-q4_1", kv_type="q8_0", flash="on",
+    speculation="off",
+    speeds=(
+        msgspec.structs.replace(
+            MEASURED_PROFILE.speeds[0], short_chunks=((16, 1.5), (64, 1.25))
+        ),
+    ),
+)  # fmt: skip
 HURRIED = msgspec.structs.replace(STATE, phase="draining", hurry=True)
 TIMED = p.Timed(decode_s=1e-3, prefill_s=1e-4, tpot_s=2e-3)
 TIMED_MORE = p.Timed(
@@ -137,6 +146,17 @@ CONTROL: list[p.Control] = [
     p.Outlook(
         term=7, losses=(p.Loss(peer_id=BOB, outcome="fetch", fetch_bytes=7, why="two parts"),),
         spares=(p.Spare(peer_id=ADA, digest=DIGEST, parts=("layer-001",)),),
+    ),
+    p.Announce(
+        profile=WISHING_PROFILE,
+        models=(
+            ModelOffer(
+                shape=msgspec.structs.replace(
+                    MEASURED_SHAPE, tokenizer="bpe 49152", kv_types=("f16", "q8_0")
+                ),
+                pulled_s=1.5e9, parts=("head",),
+            ),
+        ),
     ),
 ]  # fmt: skip
 

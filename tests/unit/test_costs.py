@@ -12,6 +12,7 @@ import pytest
 from peer.planning import costs
 from peer.planning.abilities import CACHE_BYTES_PER_S, KV_FACTOR, USUAL_BYTES_PER_S
 from peer.planning.costs import Part, Problem
+from peer.planning.pipeline import GROUP_TOKENS
 from peer.planning.profile import EngineProfile, Link, Profile, Speed
 from peer.planning.tables import ALL_CHOICES_WIDTH, Tables
 from tests.clusters import peer_id, small
@@ -65,7 +66,11 @@ def test_a_resident_window_takes_its_layers_and_what_is_around_them() -> None:
     assert found is not None
     assert found.busy_s == pytest.approx(2 * DECODE_S * GROWN + WINDOW_S)
     assert found.cpu_s == pytest.approx(found.busy_s + costs.HOP_CPU_S)
-    assert found.prefill_s == pytest.approx(2 * (2 * DECODE_S) * 8 / 16)
+    # A chunk of 8 lies between one row and the 16 that were measured.
+    assert found.prefill_s == pytest.approx(2 * (DECODE_S + (2 * DECODE_S - DECODE_S) * 7 / 15))
+    assert found.reading.seconds(8) == pytest.approx(
+        found.prefill_s + WINDOW_S + costs.HOP_CPU_S
+    ), "and in a ring, a hop besides"
     assert found.memory_bytes == 2 * (1000 + 64 * 10) + COMPUTE
     assert (found.read_s, found.streamed_bytes, found.gpu_bytes) == (0, 0, 0)
 
@@ -163,8 +168,12 @@ def test_a_token_is_the_sum_of_windows_hops_and_waits() -> None:
     told = costs.evaluate(of, [0, 1], 1, [p for p in parts if p])
     windows = 4 * DECODE_S * GROWN + 2 * WINDOW_S + OUTPUT_S + costs.HEAD_S
     assert told.tpot_s == pytest.approx(windows + float(of.hop_s[0, 1] + of.close_s[1, 0]))
-    busiest = 2 * DECODE_S * GROWN + WINDOW_S + OUTPUT_S + costs.HOP_CPU_S
+    # In steps of four, a row takes what (1 + 3 / 15) / 4 of a step alone would.
+    together = (1 + 3 / 15) / GROUP_TOKENS
+    busiest = (2 * DECODE_S * GROWN + OUTPUT_S) * together
+    busiest += (WINDOW_S + costs.HOP_CPU_S) / GROUP_TOKENS
     assert told.stage_s == pytest.approx(busiest)
+    assert told.load_s == pytest.approx(busiest + costs.PROMPT_SHARE / 8 * parts[1].prefill_s)
 
 
 def test_a_throttled_peer_makes_a_token_longer_only_where_it_has_no_rest() -> None:
@@ -253,8 +262,11 @@ def _agrees(of: Problem, tables: Tables, peer: int, table: object, at: tuple[int
     assert bool(table.fits[at]) == (allowed and found is not None)  # type: ignore[attr-defined]
     if not allowed or found is None:
         return False
-    for name in ("busy_s", "cpu_s", "prefill_s", "read_s", "room_s"):
+    for name in ("busy_s", "cpu_s", "group_s", "group_cpu_s", "prefill_s", "read_s", "room_s"):
         assert math.isclose(getattr(table, name)[at], getattr(found, name), abs_tol=1e-12), name
+    share = of.peers[peer].profile.cpu_share
+    load_s = found.load_s(share, of.size.batch_tokens)
+    assert math.isclose(table.load_s[at], load_s)  # type: ignore[attr-defined]
     token_s = 3.1 * found.busy_s  # no throttling is just allowed by it
     wanted = found.busy_s + found.waits_s(tables.rounds, token_s)
     if found.cpu_s > of.peers[peer].profile.cpu_share * token_s:

@@ -157,7 +157,7 @@ def test_context_and_cells_where_memory_is_plenty(
     assert (split.context, split.kv_cells, split.slots, split.batch_tokens) == (
         context,
         cells,
-        8,
+        32,
         512,
     )
 

@@ -212,6 +212,9 @@ def test_a_profile_is_a_profile(config: Config) -> None:
     assert profile.cores >= 1
     assert profile.disk_free_bytes > 0
     assert (profile.spread_all, profile.context_wanted) == (True, 99)
+    wishes = {"objective": "throughput", "kv_type": "q8_0", "flash": "on", "speculation": "off"}
+    wishing = survey.profile(changed(config, **wishes), "a" * 16, engines)
+    assert {name: getattr(wishing, name) for name in wishes} == wishes
     capped = survey.profile(changed(config, memory=1 << 20), "a" * 16, engines)
     assert capped.memory_available_bytes == 1 << 20
     assert capped.engines[0].memory_free_bytes == 1 << 20

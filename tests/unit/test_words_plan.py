@@ -259,6 +259,42 @@ def test_a_slower_cable_is_slower_and_rounds_and_context_are_as_wished(
     assert "1024 tokens of context instead of 4096" in " ".join(shown.split())
 
 
+def test_another_type_of_kv_cache_is_told_with_what_it_saves(
+    agent: AgentDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent.answers["/halka/profiles"]["shape"]["kv_types"] = ["f16", "q8_0"]
+    agent.answers["/halka/profiles"]["plan"]["shape"]["kv_types"] = ["f16", "q8_0"]
+    answer = numbers(capsys, "--kv", "q8_0", "--context", "4096")
+    assert answer["then"]["split"]["kv_type"] == "q8_0"
+    shown = " ".join(words(capsys, "--kv", "q8_0", "--context", "4096").split())
+    assert "a KV cache of q8_0 instead of f16" in shown
+    assert "slots · KV cache q8_0" in shown or "slots, KV cache q8_0" in shown
+
+
+def test_a_cache_that_the_model_cannot_have_is_not_told_of_a_plan(
+    agent: AgentDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = numbers(capsys, "--kv", "q8_0")
+    assert "kv_type" not in answer["then"]["split"]
+    assert "cannot have one of q8_0" in answer["then"]["split"]["why"]
+
+
+def test_a_prompt_that_is_read_in_chunks_is_timed_stage_beside_stage(
+    agent: AgentDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent.answers["/halka/plan"]["timed"]["peers"][B] = {"prefill_s": 0.005}
+    agent.answers["/halka/plan"]["forecast"]["chunk_tokens"] = 64
+    for stage in agent.answers["/halka/plan"]["forecast"]["peers"]:
+        stage["prefill_s"] = 0.5
+    # Eight chunks of 64 rows: 8.1 and 5 ms a row, the slower one eight times; and beside it what
+    # the prediction has beside 0.5 s in each of two stages, eight times in one.
+    expected = 64 * (8.1e-3 + 5e-3 + 7 * 8.1e-3) + (EXPECTED.ttft_s - 0.5 * 9)
+    shown = " ".join(words(capsys).split())
+    assert f"by what the stages took {expected:.1f} s for a prompt of 512 tokens, in chunks of" in (
+        shown
+    )
+
+
 def test_a_cluster_that_would_be_too_small_is_no_plan_and_says_why(
     agent: AgentDouble, capsys: pytest.CaptureFixture[str]
 ) -> None:
