@@ -38,6 +38,8 @@ _STEPS = (6, 60)  # of one row: at least, and at most
 _STEPS_S = 0.2  # for them
 _CHUNKS = (3, 10)
 _CHUNKS_S = 0.8
+_SHORTER = (16, 64, 128, 256)  # rows of shorter chunks, at most half of the long one
+_SHORTER_S = 0.1  # that one of them may take; of up to 64 rows, whatever it takes
 _LONGER = 4  # so many times as long where something else holds them up
 _REST_S = 0.003  # between steps: in a ring a stage waits for others, and wakes up again
 _WAITED_SHARE = 0.05  # of a step; less is how long every wake-up takes
@@ -89,6 +91,7 @@ class Stopwatch:
         self._rows = values.astype(np.float32) * 3
         self._ids = self._random.integers(0, max(1, shape.vocabulary), ROWS).astype(np.int32)
         self._chunk = 0  # rows of a chunk, once known
+        self._took: dict[int, float] = {}  # seconds of chunks by rows, of the first kind of layers
 
     def speed(self, backend: str, families: tuple[int, ...]) -> Speed:
         """Measure it. Raises BackendFault, ModelError."""
@@ -111,6 +114,7 @@ class Stopwatch:
             self._chunk,
             window_s,
             head_s + self._sampler_s(),
+            short_chunks=trials.short_chunks(self._took, window_s),
         )
 
     def _in_windows(
@@ -255,7 +259,32 @@ class Stopwatch:
             # A chunk that fits between two throttlings tells the speed without them.
             longest_s = min(CHUNK_S, self._burst_s * 0.8)
             self._chunk = trials.chunk_rows(some, some_s, longest_s, self._rows_max)
-        return sampled(self._chunk, _CHUNKS, _CHUNKS_S)
+        chunk_s = sampled(self._chunk, _CHUNKS, _CHUNKS_S)
+        if not self._took:
+            self._took = {self._chunk: chunk_s} | self._shorter(run, chunk_s)
+        return chunk_s
+
+    def _shorter(self, run: _Run, chunk_s: float) -> dict[int, float]:
+        """Seconds of shorter chunks, by rows. Each is the middle one of those that the long one
+        would be cut into: it looks back at as much as one of its rows does."""
+        took = {}
+        for rows in (rows for rows in _SHORTER if 2 * rows <= self._chunk):
+            if rows > 64 and rows * chunk_s / self._chunk > _SHORTER_S:
+                break
+            before = (self._chunk - rows) // 2
+            run.step(0, before)
+
+            took[rows] = quick_s(self._middle(run, before, rows))
+            run.backend.trim(0, 0)
+        return took
+
+    def _middle(self, run: _Run, before: int, rows: int) -> list[Sample]:
+        """Chunks of so many rows, each behind the same `before` ones."""
+
+        def again(_at: int) -> None:
+            run.backend.trim(0, before)
+
+        return self._sampled(lambda _at: run.step(before, rows), _CHUNKS, _STEPS_S, 0.0, again)
 
     def _sampled(
         self,

@@ -7,7 +7,7 @@ place of another, so that a window can be made of one kind even where the model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -235,6 +235,21 @@ def by_kind(
             for place, kind in enumerate(seen.tolist()):
                 costs[kind] = float(rates[place] * scale[kind])
     return tuple(costs)
+
+
+def short_chunks(took: Mapping[int, float], window_s: float) -> tuple[tuple[int, float], ...]:
+    """(rows, what a row takes) of all chunks but the longest, as a multiple of what it takes there;
+    less than once is noise.
+
+    took: seconds of a window by rows; window_s: what a step costs around its layers.
+    """
+    longest = max(took, default=0)
+
+    def row_s(rows: int) -> float:
+        return max(took[rows] - window_s, took[rows] / 2) / rows
+
+    shorter = (rows for rows in sorted(took) if 1 < rows < longest)
+    return tuple((rows, max(1.0, round(row_s(rows) / row_s(longest), 3))) for rows in shorter)
 
 
 def chunk_rows(some_rows: int, some_s: float, longest_s: float, rows_max: int) -> int:

@@ -59,6 +59,8 @@ def of_speed(speed: Speed) -> Iterator[str]:
         yield f"{bad:g} s for a layer on {speed.kind}"
     if not all(0 <= s <= DECODE_S[1] for s in (speed.window_s, speed.output_s)):
         yield f"{speed.window_s:g} s around a window on {speed.kind}"
+    if not all(CORRECTION[0] <= each <= CORRECTION[1] for _, each in speed.short_chunks):
+        yield f"short chunks that take {speed.short_chunks} times as long on {speed.kind}"
     if not CORRECTION[0] <= speed.correction <= CORRECTION[1] or math.isnan(speed.correction):
         yield f"a correction of {speed.correction:g} on {speed.kind}"
 

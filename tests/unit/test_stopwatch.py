@@ -18,7 +18,7 @@ from peer.models.kinds import layer_families
 from peer.models.manifest import load
 from peer.models.parts import load_header, shape_of
 from peer.models.store import Store
-from peer.planning import stopwatch
+from peer.planning import stopwatch, trust
 from peer.planning.profile import ModelShape, Speed
 from peer.planning.random_layers import RandomLayers
 from peer.planning.stopwatch import Stopwatch, Terms
@@ -148,6 +148,45 @@ def test_under_a_quota_each_long_step_begins_with_a_full_one(
     rests.clear()
     measured(folder, terms())
     assert stopwatch._PERIOD_S not in rests
+
+
+def test_what_short_chunks_take_more_for_each_row_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path)
+    ran: list[tuple[int, int]] = []
+    middles: dict[int, set[float]] = {}
+    run = FakeBackend.run
+
+    def noted(self: FakeBackend, window: Window, batch: Batch, x: Any) -> Any:
+        rows = len(batch.slots)
+        ran.append((rows, window.last - window.first))
+        middles.setdefault(rows, set()).add(batch.positions.mean())
+        return run(self, window, batch, x)
+
+    def eight_more(row_s: float) -> Callable[[Callable[[], object]], Sample]:
+        """As long as eight rows more, whatever a chunk has."""
+
+        def timed(step: Callable[[], object]) -> Sample:
+            step()
+            rows, layers = ran[-1]
+            return Sample((rows + 8) * layers * row_s)
+
+        return timed
+
+    monkeypatch.setattr(FakeBackend, "run", noted)
+    for row_s, rows in ((1e-4, (16, 64, 128, 256)), (1e-3, (16, 64))):
+        monkeypatch.setattr(stopwatch, "timed", eight_more(row_s))
+        speed = measured(folder, terms())
+        assert speed.prefill_tokens == 512
+        wanted = [(at, (at + 8) / at / (520 / 512)) for at in rows]
+        assert [at for at, _ in speed.short_chunks] == list(rows)
+        assert [each for _, each in speed.short_chunks] == [
+            pytest.approx(each, abs=0.01) for _, each in wanted
+        ]
+        assert not any(trust.of_speed(speed))
+    assert {255.5}.issubset(middles[64] & middles[128] & middles[256] & middles[512])
+    assert measured(folder, terms(), context=20).short_chunks == (), "none is half as long"
 
 
 def test_no_position_lies_beyond_the_models_context(

@@ -39,6 +39,7 @@ BAD = {
     "infinite link": profile(A, links=(Link(B, 0.1, INFINITE),)),
     "no layers": with_speed(decode_s=()),
     "no chunk": with_speed(prefill_tokens=0),
+    "short chunks in no time": with_speed(short_chunks=((16, 0.0),)),
     "zero seconds": with_speed(decode_s=(0.0,)),
     "negative seconds": with_speed(decode_s=(-1.0,)),
     "not seconds": with_speed(prefill_s=(NAN,)),
