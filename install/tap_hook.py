@@ -19,7 +19,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _PACKAGE = "backends/llama_cpp"
 
 
-class TapHook(BuildHookInterface):  # type: ignore[type-arg]
+class TapHook(BuildHookInterface):  # type: ignore[misc]  # hatchling is in pip's environment only
     """One for each wheel that is made."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

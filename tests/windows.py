@@ -120,6 +120,32 @@ def all_edges(cuts: Cuts) -> list[tuple[int, ...]]:
     return twice + ([most] if len(most) > 1 else [])
 
 
+def story(run: Any, trim: Any, copy: Any, words: int) -> list[NDArray[np.float32]]:
+    """Four sequences in shared batches; one forgets, one becomes a copy, one starts again."""
+    ids = np.random.default_rng(3).integers(3, words, 400).tolist()
+    seen = []
+
+    def step(rows: Sequence[tuple[int, int, int]]) -> None:
+        """rows: (slot, first position, tokens)."""
+        slots = [slot for slot, _, count in rows for _ in range(count)]
+        positions = [first + i for _, first, count in rows for i in range(count)]
+        said = [ids[(slot * 97 + p) % 400] for slot, p in zip(slots, positions, strict=True)]
+        seen.append(run.step(said, positions, slots=slots))
+
+    step([(0, 0, 40), (1, 0, 7), (2, 0, 25), (3, 0, 1)])
+    step([(0, 40, 1), (1, 7, 1), (2, 25, 1), (3, 1, 1)])
+    trim(1, 3)  # rolled back, and then on with other tokens
+    copy(0, 3, 30)
+    step([(0, 41, 1), (1, 3, 9), (2, 26, 1), (3, 30, 2)])
+    trim(2, 0)
+    copy(1, 2, 12)
+    for i in range(4):
+        step([(0, 42 + i, 1), (1, 12 + i, 1), (2, 12 + i, 1), (3, 32 + i, 1)])
+    trim(0, 0)
+    step([(0, 0, 33), (1, 16, 1), (3, 36, 1)])
+    return seen
+
+
 CHUNK, PREFILL, DECODE = 64, 120, 6  # tokens; random models slide over 32
 
 

@@ -107,6 +107,12 @@ class Journal:
         """The last complaints as one line, for error messages."""
         return "; ".join(self.complaints) or "libllama gave no reason"
 
+    def taken(self) -> str:
+        """As `cause`, and forgotten: so that no step has to clear what the one before left."""
+        cause = self.cause()
+        self.complaints.clear()
+        return cause
+
 
 @dataclass(frozen=True)
 class Library:

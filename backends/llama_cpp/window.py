@@ -106,6 +106,7 @@ class LoadedWindow:
         except BaseException:
             self.close()
             raise
+        library.journal.taken()  # nothing that was said so far is the cause of a later failure
 
     def _load(self, window: Window) -> None:
         params = self._llama.llama_model_default_params()
@@ -193,7 +194,7 @@ class LoadedWindow:
         self._sequences = np.zeros(rows, dtype=np.int32)
         self._counts = np.ones(rows, dtype=np.int32)
         # A window that is not the last owes every row; its last layer drops those not wanted.
-        self._wanted = np.ones(rows, dtype=np.int8)
+        self._wanted = np.ones(rows, dtype=np.bool_)  # a byte each, as libllama's int8_t
         self._input = np.zeros((rows, self.hidden), dtype=np.float32)
         self._input_address = self._input.ctypes.data
         self._ids = np.zeros(rows, dtype=np.int32)
@@ -279,12 +280,12 @@ class LoadedWindow:
         code = self._decode(self._context, self._batch)
         if code != 0:
             kind, why = _FAILURES.get(code, ("failed", f"the computation failed (code {code})"))
-            raise BackendFault(f"{why}: {self._library.journal.cause()}", kind)
+            raise BackendFault(f"{why}: {self._library.journal.taken()}", kind)
         if self._tap is not None:
             rows = self._tap.end(tokens, slots)
             if not self._last:
                 return rows
-        return self._logits(int(np.count_nonzero(outputs)))
+        return self._logits(int(outputs[0]) if tokens == 1 else int(np.count_nonzero(outputs)))
 
     def _place_input(self, tokens: int, x: NDArray[Any]) -> int:
         """Put a step's input where libllama finds it. Returns its address."""
