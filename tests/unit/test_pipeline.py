@@ -7,7 +7,7 @@ import itertools
 import pytest
 from msgspec.structs import replace
 
-from peer.planning import costs
+from peer.planning import costs, halda
 from peer.planning.pipeline import (
     CHUNKS,
     GROUP_TOKENS,
@@ -251,3 +251,13 @@ def test_where_hops_are_long_the_groups_on_their_way_are_too_few() -> None:
     """Two groups of four rows: eight tokens each time around."""
     _, told = planned(peers(2, (1.0, GIGABIT)))
     assert told.stage_s == pytest.approx((told.hops_s / GROUP_TOKENS + 8e-3) / 2, rel=0.01)
+
+
+def test_a_link_too_slow_for_many_answers_is_gone_without() -> None:
+    """At 300 kB a second a row, and two of prompts, take it up for 23 ms; one peer takes 17."""
+    for rate, windows in ((GIGABIT, 2), (3e5, 1)):
+        size = costs.Size(2048, 2048, BATCH_TOKENS)
+        of = costs.problem(peers(2, (3e-4, rate)), MODEL, size)
+        ring = halda.solve(of, halda.Wanted("throughput"))
+        assert ring
+        assert len(ring.order) == windows
