@@ -41,9 +41,9 @@ class Head:
     can be sent on its way first.
     """
 
-    def __init__(
-        self, context: zmq.Context[Any], public: bytes, secret: bytes, plan: Plan, step_s: float
-    ) -> None:
+    socket: zmq.Socket[Any]
+
+    def __init__(self, plan: Plan, step_s: float) -> None:
         self.plan = plan
         split = plan.split
         one_round = len(split.windows) == len(plan.ring)  # else see Steps.may_begin
@@ -57,15 +57,18 @@ class Head:
             chunk_tokens=split.chunk_tokens,
             speculate=split.speculation == "auto",
         )
-        self.socket = context.socket(zmq.ROUTER)
-        as_server(self.socket, public, secret, "submit", MESSAGE_BYTES_MAX)
-        self.socket.router_mandatory = True
         self.todo: deque[schedule.Run] = deque()
         self._untold: deque[tuple[_Key, Message]] = deque()
         self._keys: dict[bytes, str] = {}  # of the agents behind connections, as ZAP found them
         self.vocabulary = 0  # token ids below it exist; set once the windows are loaded
         self.dropped = 0
         self.blamed = ""  # whose numbers were not finite, step after step
+
+    def open(self, context: zmq.Context[Any], public: bytes, secret: bytes) -> None:
+        """The socket of entry peers, still to be bound."""
+        self.socket = context.socket(zmq.ROUTER)
+        as_server(self.socket, public, secret, "submit", MESSAGE_BYTES_MAX)
+        self.socket.router_mandatory = True
 
     def hear(self) -> None:
         """Everything that entry peers ask for now."""
@@ -154,6 +157,10 @@ class Head:
                 self.socket.send_multipart([cast(bytes, key[0]), encode(message)], zmq.NOBLOCK)
             except zmq.ZMQError:
                 self.take(schedule.Cancelled(key))
+
+    def forget(self) -> None:
+        """Tell nobody."""
+        self._untold.clear()
 
     def fail_all(self, why: str) -> None:
         """Tell every entry peer that its answers end here: through no fault of theirs."""

@@ -12,19 +12,22 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import zmq
 
 from peer.errors import HalkaError, ProtocolError
 from peer.ring.sockets import BROKEN_S, LINK_S, Watch, as_client, as_server
 
-BEFORE_S = 0.0003  # the expected time is looked out for: waits differ by as much
+BEFORE_S = 0.0008  # the expected time is looked out for: waits differ, and a rehearsal takes half
 AFTER_S = 0.001
 WORTH_S = 0.03  # after a longer wait than this nobody sees what a wake-up took
 CROWDED_S = 0.0003  # between two looks: something else ran here, and no frame came of it
+CROWDED_TIMES = 4  # in a row, and others are at home here, not just a client for a moment
 CROWDED_STEPS = 256  # that are slept through then
 _KEPT = 8  # waits
+PARTS_MAX = 2  # of a message; more than that is none of ours
 
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))  # not on every system
 
@@ -49,7 +52,8 @@ class Links:
         self.give_up_s: float | None = None  # when, on the link to the next stage
         self.arrived_s = self.rested_s = 0.0
         self._waits: deque[float] = deque(maxlen=_KEPT)
-        self._crowded = 0
+        self._crowded = self._disturbed = 0
+        self._early: list[memoryview] | None = None  # came while it was looked out for
 
     # To the next stage ----------------------------------------------------------------------
 
@@ -90,17 +94,27 @@ class Links:
         if self._push is None:
             raise ProtocolError("a frame came before the ring was linked")
         self._push.send_multipart(parts, zmq.NOBLOCK, copy=True)
-        _yield()  # to the thread that sends it, where that one has the same core
+        if not self._crowded:
+            _yield()  # to the thread that sends it, where that one has the same core
 
     # From the stage before ------------------------------------------------------------------
 
     def receive(self) -> list[memoryview] | None:
         """One message, in place; None: there is none."""
+        parts, self._early = self._early, None
+        if parts is not None:
+            return parts
         try:
             # Never waits: a link that breaks within a message leaves a socket that seems ready.
-            return [frame.buffer for frame in self.pull.recv_multipart(zmq.NOBLOCK, copy=False)]
+            frame = self.pull.recv(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return None
+        parts = [frame.buffer]
+        while frame.more:  # all of a message are there, or none
+            frame = self.pull.recv(zmq.NOBLOCK, copy=False)
+            if len(parts) <= PARTS_MAX:
+                parts.append(frame.buffer)
+        return parts
 
     def waited(self, seconds: float) -> None:
         """A short step's frame came after so long: the next one's may, too."""
@@ -117,22 +131,26 @@ class Links:
         expected_s = self.rested_s + min(self._waits)
         return expected_s - BEFORE_S, expected_s + AFTER_S
 
-    def spin(self, until_s: float) -> bool:
-        """Look for a frame until then; whether one came."""
+    def spin(self, until_s: float, rehearse: Callable[[], None]) -> bool:
+        """Rehearse, then look for a frame until then; whether one came, for `receive` to give."""
+        rehearse()
         now = time.monotonic
         looked_s = now()
-        while not (came := self._came()) and looked_s < until_s:
+        while (early := self.receive()) is None and looked_s < until_s:
             _yield()
             at_s = now()
             if at_s - looked_s > CROWDED_S:
-                came = self._came()
-                self._crowded = 0 if came else CROWDED_STEPS
+                early = self.receive()
                 break
             looked_s = at_s
-        return came
-
-    def _came(self) -> bool:
-        return bool(cast(int, self.pull.get(zmq.EVENTS)) & zmq.POLLIN)
+        self._early = early
+        if early is not None or looked_s >= until_s:
+            self._disturbed = 0
+        else:
+            self._disturbed += 1
+            if self._disturbed >= CROWDED_TIMES:
+                self._disturbed, self._crowded = 0, CROWDED_STEPS
+        return early is not None
 
     def close(self) -> None:
         """Close the sockets."""

@@ -32,10 +32,11 @@ from peer.protocol import (
 )
 from peer.ring import crashing, drafting
 from peer.ring import scheduler as schedule
-from peer.ring.frames import HEADER_BYTES_MAX
+from peer.ring.frames import message_bytes_max
 from peer.ring.head import Head
 from peer.ring.links import Links
 from peer.ring.pipe import Pipe
+from peer.ring.rehearsal import Rehearsal
 from peer.ring.sockets import Doorkeeper, bind
 from peer.ring.steps import Steps
 from peer.ring.windows import Windows
@@ -61,20 +62,17 @@ class Stage:
         self.drafter: drafting.DraftModel | None = None
         self.windows = Windows(self.engine, self.plan, self.peer_id, order.threads)
         self.folder = Path(order.folder)
-        split = self.plan.split
         self.context: zmq.Context[Any] = zmq.Context()
         self.door = Doorkeeper(self.context)
         self.door.admit("submit", order.admitted)
         public, secret = zmq.curve_keypair()
         self.public = public
-        bytes_max = max(HEADER_BYTES_MAX, split.batch_tokens * self.plan.shape.hidden * 4)
-        self.links = Links(self.context, public, secret, bytes_max)
-        self.head = (
-            Head(self.context, public, secret, self.plan, order.step_s)
-            if self.plan.head == self.peer_id
-            else None
-        )
+        self.links = Links(self.context, public, secret, message_bytes_max(self.plan))
+        self.head = Head(self.plan, order.step_s) if self.plan.head == self.peer_id else None
+        if self.head:
+            self.head.open(self.context, public, secret)
         self.steps = Steps(self.plan, self.peer_id, self.windows, self.links, self.head)
+        self.rehearsal = Rehearsal(self.plan, self.peer_id)
         self.paces, self.paces_s = self.steps.paces, 0.0  # when they are to be told
         self.bind = order.bind
         self.poller = zmq.Poller()
@@ -157,7 +155,7 @@ class Stage:
             ready = self.poller.poll(sleep_ms if limit_ms is None else min(sleep_ms, limit_ms))
             if ready:
                 return ready
-            if self.links.spin(until_s):
+            if self.links.spin(until_s, self.rehearsal.play):
                 return [(self.links.pull, zmq.POLLIN)]
         return self.poller.poll(self.wait_ms())
 
@@ -171,7 +169,7 @@ class Stage:
         if self.current_news() != self.told:
             waits.append(self.told_s + _NEWS_S)
         if self.paces.told != self.paces.seen:
-            waits.append(self.paces_s)
+            waits.append(max(self.paces_s, self.told_s + _NEWS_S))
         if not waits:
             return None
         return math.ceil(max(0.0, min(waits) - time.monotonic()) * 1000)

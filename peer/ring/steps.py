@@ -68,6 +68,8 @@ class Steps:
                 if isinstance(came, Frame):
                     return self._frame(came)
                 self._sampled(came)
+                if self.returned == self.begun:
+                    return  # nothing else can have come
             except (StalePlan, ProtocolError) as error:
                 self._drop(error)
 

@@ -14,13 +14,13 @@ from backends.base import Backend, BackendFault, Batch, Engine, Footprint, Setti
 from peer.models.manifest import load as load_manifest
 from peer.models.parts import hold, load_header, place
 from peer.planning.plan import Plan
-from peer.ring.frames import Copy, Draft, Fault, Open, Trim
+from peer.ring.frames import Copy, Open, Trim
 from peer.ring.residence import Files, Residence
-from peer.ring.sampling import Sampler
+from peer.ring.tail import Tail
 
 
 class Windows:
-    """This stage's windows on its backend, and the samplers where it is the tail."""
+    """This stage's windows on its backend, and the samplers where it is the tail (`sample`)."""
 
     def __init__(self, engine: Engine, plan: Plan, peer_id: str, threads: int) -> None:
         self.plan, self.peer_id = plan, peer_id
@@ -41,7 +41,8 @@ class Windows:
         self.vocabulary = 0  # ids below it exist; known once loaded
         self.rewinds = True  # whether a slot can be trimmed to any position; known once loaded
         self._windows: dict[int, Window] = {}
-        self._samplers: dict[int, Sampler] = {}
+        self._tail = Tail(peer_id)
+        self.sample = self._tail.sample
         self._residence: Residence | None = None  # only where the plan streams
         self._last_run = 0  # the window of this stage whose turn it was last
 
@@ -90,11 +91,11 @@ class Windows:
         for op in ops:
             match op:
                 case Open(slot, sampling, history):
-                    self._samplers[slot] = Sampler(sampling, np.frombuffer(history, np.int32))
+                    self._tail.open(slot, sampling, history)
                 case Trim(slot, position):
                     self._backend.trim(slot, position)
                     if position == 0:
-                        self._samplers.pop(slot, None)
+                        self._tail.free(slot)
                 case Copy(source, target, length):
                     self._backend.copy(source, target, length)
 
@@ -108,60 +109,8 @@ class Windows:
         if self._residence:
             self._residence.after(self.mine.index(self._last_run))
 
-    def sample(
-        self,
-        batch: Batch,
-        logits: NDArray[np.float32],
-        faults: list[Fault],
-        drafts: tuple[Draft, ...] = (),
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens and how many of them each slot took, as in frames.Sampled: one for its (first)
-        output row, one more for each guess that was right. logits: [outputs, vocabulary]. Adds to
-        `faults`; a slot with one gets a 0 that nobody will be given."""
-        guesses = {draft.slot: np.frombuffer(draft.ids, np.int32).tolist() for draft in drafts}
-        outputs = np.flatnonzero(batch.outputs).tolist()
-        tokens: list[int] = []
-        taken: list[int] = []
-        row = 0
-        while row < len(outputs):
-            at = outputs[row]
-            slot, position = int(batch.slots[at]), int(batch.positions[at]) + 1
-            guessed = guesses.get(slot, [])
-            rows = logits[row : row + 1 + len(guessed)]
-            row += len(rows)
-            if any(fault.slot == slot for fault in faults):
-                found = [0]
-            else:
-                try:
-                    found = _verified(self._samplers[slot], rows, position, guessed)
-                except FloatingPointError:
-                    faults.append(Fault(slot, self.peer_id))
-                    found = [0]
-            tokens += found
-            taken.append(len(found))
-        return tuple(tokens), tuple(taken) if len(taken) != len(tokens) else ()
-
     def close(self) -> None:
         """Free the engine's memory."""
         if self._residence:
             self._residence.close()
         self._backend.close()
-
-
-def _verified(
-    sampler: Sampler, logits: NDArray[np.float32], position: int, guessed: list[int]
-) -> list[int]:
-    """The tokens from this position on: the next one follows only on a guess that was right, so
-    that the penalties count what the answer really has, and rows on wrong guesses are not read.
-
-    logits: [1 + guesses, vocabulary]. Raises FloatingPointError where those looked at are not
-    finite.
-    """
-    tokens: list[int] = []
-    for row, guess in zip(logits, [*guessed, None], strict=True):
-        token = sampler.sample(row, position + len(tokens))
-        sampler.accept(token)
-        tokens.append(token)
-        if token != guess:
-            break
-    return tokens

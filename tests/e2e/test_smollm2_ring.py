@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from peer.models.imports import import_gguf
 from peer.models.store import Store
@@ -39,15 +40,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("cuts", [[], [13], [10, 20], [2, 9, 16, 23]])
+@pytest.mark.parametrize("length", ["short", "long"])
 async def test_a_ring_of_processes_gives_the_tokens_of_one_context(
-    home: Path, answers: Answers, cuts: list[int]
+    home: Path, answers: Answers, cuts: list[int], length: str
 ) -> None:
+    """Each in a ring of its own: what an answer leaves in its slot moves the next one's cells, and
+    where they lie decides about the last bits."""
+    prompt, expected = answers[length]
     store = Store(home)
     (stored,) = store.models()
     plan = plan_of(store, stored.manifest, cuts, "llama_cpp")
+    # A step that verifies guesses has several rows, which other kernels compute: the last bits of
+    # an answer with guesses are those of one context that is given the same batches.
+    plan = replace(plan, split=replace(plan.split, speculation="off"))
     async with running(plan, store.folder(stored.digest)) as ring:
-        for prompt, expected in answers.values():
-            assert await ring.tokens(prompt, TOKENS) == expected
+        assert await ring.tokens(prompt, TOKENS) == expected
         news = ring.news.values()
         weights = sum(stage.weights_bytes for stage in news)
         assert weights >= sum(part.data_bytes for part in stored.manifest.parts[1:])

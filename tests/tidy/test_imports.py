@@ -80,7 +80,7 @@ ENGINE_DOORS = {
 ENGINE_VALUES = {
     "peer.models.parts", "peer.models.gguf",  # Header, TensorFact, Recipe
     "peer.ring.windows", "peer.ring.frames", "peer.ring.drafting",  # Window, Batch
-    "peer.ring.steps",
+    "peer.ring.steps", "peer.ring.tail", "peer.ring.rehearsal",
     "peer.models.kinds", "peer.planning.random_layers", "peer.planning.stopwatch",
 }  # fmt: skip
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from backends.base import Batch
 from peer.errors import ProtocolError, StalePlan
 from peer.planning.plan import PlanId
-from peer.protocol import Sampling
+from peer.protocol import IDS_BYTES_MAX, Sampling
 from peer.ring.frames import (
     DRAFT_TOKENS_MAX,
+    ROW_BYTES,
+    TOGETHER_BYTES_MAX,
     Copy,
     Draft,
     Fault,
@@ -25,10 +27,11 @@ from peer.ring.frames import (
     decode,
     encode_frame,
     encode_sampled,
+    message_bytes_max,
     pack_index,
     unfinite,
 )
-from tests.plans import PEERS, plan
+from tests.plans import PEERS, plan, shape
 
 PLAN = plan(4, 8, 12)
 
@@ -160,9 +163,49 @@ def test_tokens_that_the_slots_shares_do_not_add_up_to_are_refused(taken: tuple[
 def test_one_row_out_of_range_is_refused(row: tuple[int, int, int]) -> None:
     parts = wire(header(1), batch([0], [0]), X[:1])
     slot, position, flag = row
-    parts[1] = memoryview(ids(slot, position) + bytes([flag]))
+    whole = bytearray(parts[0])
+    whole[32 : 32 + ROW_BYTES] = ids(slot, position) + bytes([flag])  # behind eight numbers
+    parts = [memoryview(whole)]
     with pytest.raises(ProtocolError, match="out of range"):
         decode(parts, PLAN)
+
+
+def test_many_activations_are_a_part_of_their_own_and_are_not_copied() -> None:
+    wide = plan(4, 8, 12, model=shape(hidden=TOGETHER_BYTES_MAX // 8))
+    x = np.arange(3 * wide.shape.hidden, dtype=np.float32).reshape(3, -1)
+    sent = header(3, hidden=wide.shape.hidden)
+    data, rest = encode_frame(sent, pack_index(GOOD), x)
+    assert np.shares_memory(np.frombuffer(data, np.float32), x)
+    came = decode([memoryview(data), memoryview(rest)], wide)
+    assert isinstance(came, Frame)
+    assert came.header == sent
+    assert np.array_equal(came.x, x)
+    assert np.shares_memory(came.x, x), "nor where they come in"
+    assert came.batch.positions.tolist() == [5, 6, 0]
+    for parts in ([rest], [rest, data], [data, rest, b""], [data[4:], rest], [data, rest[1:]]):
+        with pytest.raises(ProtocolError):
+            decode([memoryview(part) for part in parts], wide)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 20, (1 << 32) - 1])
+def test_a_header_of_another_length_than_it_has_is_refused(length: int) -> None:
+    for parts in (wire(header(3), GOOD, X), [memoryview(encode_sampled(Sampled(PLAN.id, 1))[0])]):
+        whole = bytearray(parts[0])
+        whole[-4:] = length.to_bytes(4, "little")
+        with pytest.raises(ProtocolError):
+            decode([memoryview(whole)], PLAN)
+
+
+def test_what_a_plan_can_send_is_within_its_bound() -> None:
+    rows = batch([0] * 64, list(range(64)))
+    rows.outputs[:-1] = False
+    ops = (Open(1, Sampling(), bytes(IDS_BYTES_MAX)),)
+    for hidden in (8, 128, 4096):
+        of = plan(4, 8, 12, model=shape(hidden=hidden))
+        x = np.ones((64, hidden), np.float32)
+        parts = encode_frame(header(64, hidden=hidden, ops=ops), pack_index(rows), x)
+        assert isinstance(decode([memoryview(part) for part in parts], of), Frame)
+        assert max(len(part) for part in parts) <= message_bytes_max(of)
 
 
 def test_a_frame_of_another_plan_is_stale() -> None:
@@ -205,8 +248,9 @@ def test_a_frame_that_does_not_fit_the_plan_is_refused(
 def test_settings_out_of_range_are_refused_at_the_door() -> None:
     raw = msgspec.to_builtins(header(3, ops=(Open(1, Sampling()),)))
     raw["ops"][0]["sampling"] = {"temperature": -1}
-    parts = wire(header(3), GOOD, X)
-    parts[0] = memoryview(msgspec.msgpack.encode(raw))
+    data = msgspec.msgpack.encode(raw)
+    rows = X.tobytes() + pack_index(GOOD)
+    parts = [memoryview(rows + data + len(data).to_bytes(4, "little"))]
     with pytest.raises(ProtocolError, match="temperature"):
         decode(parts, PLAN)
 
@@ -221,11 +265,11 @@ def test_random_bytes_are_refused(parts: list[bytes]) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 255))
 def test_a_flipped_byte_never_does_more_than_be_refused(at: int, value: int) -> None:
-    parts = [bytearray(part) for part in wire(header(3, ops=(Trim(1, 4),)), GOOD, X)]
-    target = parts[at % 2]
-    target[at % len(target)] = value
+    (part,) = wire(header(3, ops=(Trim(1, 4),)), GOOD, X)
+    target = bytearray(part)
+    target[X.nbytes + at % (len(target) - X.nbytes)] = value
     try:
-        came = decode([memoryview(bytes(part)) for part in parts], PLAN)
+        came = decode([memoryview(target)], PLAN)
     except (ProtocolError, StalePlan):
         return
     assert isinstance(came, Frame)
