@@ -37,6 +37,8 @@ from peer.ring.windows import Windows
 
 log = logging.getLogger("halka.stage")
 
+SHORT_ROWS = 16  # answers that go on, not prompts: the next frame comes after about as long
+
 
 class Steps:
     """One stage's part in every step. `begun`, `returned`: the head's latest ones. `count`,
@@ -54,7 +56,7 @@ class Steps:
         self._rounds = len(plan.split.windows) > len(plan.ring) > 1
         self._computed_s = 0.0  # for the step that is under way, in all of this stage's windows
         self._wait_s = 0.0
-        self._short = False  # the step that the head waits for is one row
+        self._short = False  # the latest that the head began
 
     # In -------------------------------------------------------------------------------------
 
@@ -102,7 +104,7 @@ class Steps:
             self._known(header.step)
         self._in_turn(header.step, seen)
         self._seen[header.window] = header.step
-        self._waited(header.rows == 1)
+        self._waited(header.rows <= SHORT_ROWS)
         x = frame.x
         faults = list(header.faults)
         bad = unfinite(frame.batch.slots, x)
@@ -135,7 +137,7 @@ class Steps:
         )
 
     def _waited(self, short: bool) -> None:
-        """Note the wait that ended with this frame. short: it is a step of one row."""
+        """Note the wait that ended with this frame. short: it is one of few rows."""
         self._wait_s = max(0.0, self.links.arrived_s - self.links.rested_s)
         if short:
             self.links.waited(self._wait_s)
@@ -153,7 +155,7 @@ class Steps:
         rows = len(run.ids)
         self.paces.begun(rows, alone and self.returned == self.begun, time.monotonic())
         self.begun = self._seen[0] = run.step
-        self._short = rows == 1
+        self._short = rows <= SHORT_ROWS
         if run.ops:
             self.windows.apply(run.ops)
         batch = Batch(run.slots, run.positions, run.outputs)
