@@ -25,6 +25,10 @@ from peer.ring.slots import Slot
 from peer.ring.speculation import Speculation
 
 GAP = 4.0  # times the usual time between tokens, while a prompt is read
+# Rows of a step in which answers decode, at most. Up to so many a processor gives each row the bits
+# that it would have alone, so that company and guesses change no token (llama.cpp with flash
+# attention; from 64 on other kernels are used, and a few tokens of a hundred are others).
+ALIKE_ROWS = 63
 CHUNK_LEAST = 4  # rows: a prompt must come further, whatever it costs
 CHUNK_UNKNOWN = 32  # while the pace is not known
 
@@ -128,17 +132,19 @@ def chunk(pace: Pace, decoding: int, depth: int, most: int) -> Chunk:
     """
     if decoding == 0:
         return Chunk(most, True)
+    room = ALIKE_ROWS - decoding
     if not pace.known:
-        return Chunk(min(most, CHUNK_UNKNOWN), True)
+        return Chunk(min(most, CHUNK_UNKNOWN, max(1, room)), room > 0)
     own_s = pace.stage_s(decoding)
     bound_s = GAP * depth * own_s
     between = max(1, depth - 1)
     mixed = pace.rows_within(bound_s / depth, most + decoding) - decoding
     apart = pace.rows_within((bound_s - own_s) / between, most)
-    mixed, apart = (min(most, max(CHUNK_LEAST, rows)) for rows in (mixed, apart))
+    mixed, apart = (min(most, max(CHUNK_LEAST, rows)) for rows in (min(mixed, room), apart))
     mixed_rate = mixed / max(1e-9, pace.stage_s(mixed + decoding))
     apart_rate = apart / max(1e-9, pace.stage_s(apart) + own_s)
-    return Chunk(mixed, True) if mixed_rate >= apart_rate else Chunk(apart, False)
+    share = mixed <= room and mixed_rate >= apart_rate
+    return Chunk(mixed, True) if share else Chunk(apart, False)
 
 
 def drafted(job: Job, slot: Slot, pace: Pace, context: int, rows: int, alone: bool) -> list[int]:

@@ -25,7 +25,7 @@ from peer.planning.profile import PeerId, Seconds
 from peer.protocol import IDS_BYTES_MAX, Sampling, Token
 
 HEADER_BYTES_MAX = IDS_BYTES_MAX + (1 << 20)  # an Open that looks back on a whole context
-DRAFT_TOKENS_MAX = 64  # guessed for one slot in one step
+DRAFT_TOKENS_MAX = 62  # guessed for one slot in one step: see batching.ALIKE_ROWS
 ROW_BYTES = 9  # of the index: slot, position, output
 TOGETHER_BYTES_MAX = 1 << 15  # of activations that are copied into one part with the rest
 _ONE_ROW = struct.Struct("=iiB")

@@ -225,7 +225,7 @@ class Scheduler:
         jobs = [job for job in self.running.values() if not job.reading]
         share = -(-len(jobs) // self.depth)
         ready = sorted((job for job in jobs if job.sent < len(job.ids)), key=lambda j: j.step)
-        ready = ready[: min(share, self.batch_tokens)]
+        ready = ready[: min(share, self.batch_tokens, batching.ALIKE_ROWS)]
         prompts = [j for j in self.running.values() if j.reading and j.sent < len(j.ids)]
         most = min(self.chunk_tokens or self.batch_tokens, self.batch_tokens)
         chunk = batching.chunk(self.tempo, share, self.depth, most)
@@ -249,7 +249,7 @@ class Scheduler:
         """Only while stages have time for it: more answers than stages fill them already."""
         if len(decoding) > self.depth or prompts:
             return []
-        rows = self.batch_tokens - 1
+        rows = min(self.batch_tokens, batching.ALIKE_ROWS) - 1
         return batching.drafted(job, _slot(job), self.tempo, self.context, rows, len(decoding) == 1)
 
     def _begin(self, step: Step, now: float) -> Run:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of guesses; on CPUs only long ones pay
+_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 62)  # of guesses; on CPUs only long ones pay
 _GAIN_LEAST = 1.05  # tokens a second with a guess, to those without: less is within the errors
 _CHANCE_LEAST = 0.02  # what comes after a less likely guess is not worth a look
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from peer.protocol import Sampling
-from peer.ring.batching import CHUNK_LEAST, GAP, Chunk, chunk
+from peer.ring.batching import ALIKE_ROWS, CHUNK_LEAST, GAP, Chunk, chunk
 from peer.ring.frames import Copy, Fault, Open, Trim
 from peer.ring.scheduler import (
     Action,
@@ -277,6 +277,13 @@ def test_beside_answers_a_chunk_keeps_the_time_between_their_tokens_within_the_b
             assert gap_s <= GAP * depth * own_s * 1.001 or found.rows == CHUNK_LEAST
 
 
+def test_no_step_with_decoding_rows_is_so_long_that_company_changes_their_bits() -> None:
+    for decoding in (1, 4, 32, 63):
+        for pace in (Linear(0.01, 0.00001), Linear(0.001, 0.001)):
+            found = chunk(pace, decoding, 2, 512)
+            assert not found.mixed or found.rows + decoding <= ALIKE_ROWS
+
+
 def test_prompts_share_steps_where_rows_are_nearly_free_and_take_turns_where_not() -> None:
-    assert chunk(Linear(0.01, 0.00001), 4, 2, 256) == Chunk(256, True)
+    assert chunk(Linear(0.01, 0.00001), 4, 2, 48) == Chunk(48, True)
     assert not chunk(Linear(0.0, 0.004), 1, 2, 256).mixed
