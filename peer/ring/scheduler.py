@@ -227,11 +227,12 @@ class Scheduler:
         ready = sorted((job for job in jobs if job.sent < len(job.ids)), key=lambda j: j.step)
         ready = ready[: min(share, self.batch_tokens, batching.ALIKE_ROWS)]
         prompts = [j for j in self.running.values() if j.reading and j.sent < len(j.ids)]
-        most = min(self.chunk_tokens or self.batch_tokens, self.batch_tokens)
-        chunk = batching.chunk(self.tempo, share, self.depth, most)
-        read = bool(prompts) and not (ready and not chunk.mixed and self._read_last)
-        step = Step(self._steps + 1)
-        for job in ready if chunk.mixed or not read else ():
+        step, read = Step(self._steps + 1), False
+        if prompts:  # else not asked: it takes longer than all else that a token waits for here
+            most = min(self.chunk_tokens or self.batch_tokens, self.batch_tokens)
+            chunk = batching.chunk(self.tempo, share, self.depth, most)
+            read = not (ready and not chunk.mixed and self._read_last)
+        for job in ready if not read or chunk.mixed else ():
             step.decode(job, _slot(job), self._guess(job, jobs, prompts))
         if read:
             self._read(step, prompts, min(chunk.rows, self.batch_tokens - step.rows))
