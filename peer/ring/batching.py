@@ -118,33 +118,37 @@ class Pace(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """How prompts are read: so many rows in a step; mixed: together with rows that decode."""
+    """How to read prompts: so many rows in a step. in_row: steps of prompts alone that may follow
+    on each step of answers; 0: rows of both share a step."""
 
     rows: int
-    mixed: bool
+    in_row: int = 0
 
 
-def chunk(pace: Pace, decoding: int, depth: int, most: int) -> Chunk:
-    """How to read prompts while so many rows of a group decode. most: rows of a chunk.
+def chunk(pace: Pace, decoding: int, groups: int, depth: int, most: int) -> Chunk:
+    """How to read prompts while answers decode in so many groups of so many rows each. most: rows
+    of a chunk.
 
-    In a pipeline `depth` deep an answer's next token waits for the steps between: mixed, all of
-    them are long; taking turns, depth - 1 of them are (with one stage, one).
+    Between two tokens of an answer every stage computes each group once, and the chunks that were
+    let in between; sharing steps, as many long ones as are in flight.
     """
     if decoding == 0:
-        return Chunk(most, True)
+        return Chunk(most)
     room = ALIKE_ROWS - decoding
-    if not pace.known:
-        return Chunk(min(most, CHUNK_UNKNOWN, max(1, room)), room > 0)
     own_s = pace.stage_s(decoding)
+    if own_s <= 0:
+        return Chunk(max(1, min(most, CHUNK_UNKNOWN, room)), 0 if room > 0 else 1)
     bound_s = GAP * depth * own_s
-    between = max(1, depth - 1)
-    mixed = pace.rows_within(bound_s / depth, most + decoding) - decoding
-    apart = pace.rows_within((bound_s - own_s) / between, most)
-    mixed, apart = (min(most, max(CHUNK_LEAST, rows)) for rows in (min(mixed, room), apart))
-    mixed_rate = mixed / max(1e-9, pace.stage_s(mixed + decoding))
-    apart_rate = apart / max(1e-9, pace.stage_s(apart) + own_s)
-    share = mixed <= room and mixed_rate >= apart_rate
-    return Chunk(mixed, True) if share else Chunk(apart, False)
+    shared = min(pace.rows_within(bound_s / depth, most + decoding) - decoding, room)
+    in_row = max(1, (depth - 1) // groups)
+    between = in_row * groups
+    apart = pace.rows_within((bound_s - groups * own_s) / between, most)
+    shared, apart = (min(most, max(CHUNK_LEAST, rows)) for rows in (shared, apart))
+    shared_rate = shared / max(1e-9, pace.stage_s(shared + decoding))
+    cycle_s = groups * own_s + between * pace.stage_s(apart)
+    if shared <= room and shared_rate >= between * apart / max(1e-9, cycle_s):
+        return Chunk(shared)
+    return Chunk(apart, in_row)
 
 
 def drafted(job: Job, slot: Slot, pace: Pace, context: int, rows: int, alone: bool) -> list[int]:

@@ -71,7 +71,7 @@ class Scheduler:
     _flying: deque[Flying] = field(default_factory=deque)
     _since: float = 0.0  # the oldest step is on its way, and nothing else is awaited
     _steps: int = 0
-    _read_last: bool = False  # the last step was of prompts alone
+    _in_row: int = 1  # steps of prompts alone that may follow before one of answers
     _faulty: dict[str, int] = field(default_factory=dict)  # steps in a row, by peer
 
     def __post_init__(self) -> None:
@@ -216,28 +216,44 @@ class Scheduler:
 
     def _next(self, now: float) -> Run | None:
         """The next step, where one more may be in flight and there is something to run."""
-        jobs = [job for job in self.running.values() if not job.reading]
-        # Chunks follow each other closely while nobody waits for a token between them.
-        if len(self._flying) >= self.depth + (self.depth > 1 and not jobs):
+        if len(self._flying) >= max(self.depth + (self.depth > 1), 2 * self.depth - 1):
             return None
         self._grow()
         self._admit()
-        jobs = [job for job in self.running.values() if not job.reading]
-        share = -(-len(jobs) // self.depth)
-        ready = sorted((job for job in jobs if job.sent < len(job.ids)), key=lambda j: j.step)
-        ready = ready[: min(share, self.batch_tokens, batching.ALIKE_ROWS)]
+        decoding = [job for job in self.running.values() if not job.reading]
         prompts = [j for j in self.running.values() if j.reading and j.sent < len(j.ids)]
-        step, read = Step(self._steps + 1), False
-        if prompts:  # else not asked: it takes longer than all else that a token waits for here
-            most = min(self.chunk_tokens or self.batch_tokens, self.batch_tokens)
-            chunk = batching.chunk(self.tempo, share, self.depth, most)
-            read = not (ready and not chunk.mixed and self._read_last)
-        for job in ready if not read or chunk.mixed else ():
-            step.decode(job, _slot(job), self._guess(job, jobs, prompts))
-        if read:
+        share = min(-(-len(decoding) // self.depth), self.batch_tokens, batching.ALIKE_ROWS)
+        chunk = self._chunk(len(decoding), share) if prompts else None
+        if len(self._flying) >= self._most(decoding, chunk):
+            return None
+        step = Step(self._steps + 1)
+        apart = chunk is not None and bool(decoding) and chunk.in_row > 0
+        if not apart or self._in_row == 0:
+            ready = [job for job in decoding if job.sent < len(job.ids)]
+            for job in sorted(ready, key=lambda job: job.step)[:share]:
+                step.decode(job, _slot(job), self._guess(job, decoding, prompts))
+        if step.rows:
+            self._in_row = chunk.in_row if chunk else 1
+        may = self._in_row > 0 or len(self._flying) < self.depth  # stages must not stand idle
+        if chunk is not None and (not apart or (may and not step.rows)):
             self._read(step, prompts, min(chunk.rows, self.batch_tokens - step.rows))
-        self._read_last = read
+            self._in_row = max(0, self._in_row - 1)
         return self._begin(step, now) if step.rows else None
+
+    def _chunk(self, decoding: int, share: int) -> batching.Chunk:
+        """How prompts are read beside so many answers, of which so many share a step."""
+        most = min(self.chunk_tokens or self.batch_tokens, self.batch_tokens)
+        groups = -(-decoding // share) if share else 1
+        return batching.chunk(self.tempo, share, groups, self.depth, most)
+
+    def _most(self, decoding: Sequence[Job], chunk: batching.Chunk | None) -> int:
+        """Steps in flight: one for each stage. Chunks that take turns with answers have places of
+        their own, or stages would wait; and while nobody decodes, one more waits at the first."""
+        if self.depth == 1:
+            return 1
+        if not decoding:
+            return self.depth + 1
+        return 2 * self.depth - 1 if chunk is not None and chunk.in_row else self.depth
 
     def _read(self, step: Step, prompts: Sequence[Job], rows: int) -> None:
         """Put so many rows of prompts into the step, the oldest answer's first."""

@@ -11,6 +11,7 @@ What is promised to an answer, in steps that are decided one after another:
 - while it decodes, fewer than `2 * depth` steps in a row pass it over that it could be in: each
   second one of them at most is of prompts alone;
 - no step is held back while fewer than `depth` are on their way and an answer has a row to run.
+  At most as many are, one more while nobody decodes, `depth - 1` more where prompts take turns.
 So a prompt waits for those before it, which come further all the time, and for nothing else.
 """
 
@@ -252,7 +253,8 @@ class Ring:
             self.pack(run)
         self.open(run)
         deep = self.limits.depth
-        if len(self.flying) >= deep + (deep > 1 and self.only_reads):
+        most = deep + 1 if self.only_reads else 2 * deep - 1 if self.reads else deep
+        if len(self.flying) >= (most if deep > 1 else 1):
             self.wrong(f"{len(self.flying) + 1} steps are on their way")
         step = self.flying[run.step] = Step(run, tuple(groups_of(run)))
         guesses = {d.slot: np.frombuffer(d.ids, np.int32).tolist() for d in run.drafts}
@@ -317,6 +319,11 @@ class Ring:
     def only_reads(self) -> bool:
         """Whether nobody waits for a token that comes after a token."""
         return all(answer.reading for answer in self.running)
+
+    @property
+    def reads(self) -> bool:
+        """Whether a prompt is being read."""
+        return any(answer.reading for answer in self.running)
 
     @property
     def ready(self) -> list[Answer]:

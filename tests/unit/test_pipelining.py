@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 
 from peer.protocol import Sampling
 from peer.ring.batching import ALIKE_ROWS, CHUNK_LEAST, GAP, Chunk, chunk
@@ -262,28 +264,88 @@ def test_nothing_is_guessed_while_more_answers_run_than_stages() -> None:
 
 
 def test_alone_a_prompt_goes_in_whole_chunks() -> None:
-    assert chunk(Linear(0.001, 0.001), 0, 2, 256) == Chunk(256, True)
+    assert chunk(Linear(0.001, 0.001), 0, 1, 2, 256) == Chunk(256)
 
 
-def test_beside_answers_a_chunk_keeps_the_time_between_their_tokens_within_the_bound() -> None:
-    for depth in (1, 2, 3, 5):
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_beside_answers_a_chunk_keeps_the_time_between_their_tokens_within_the_bound(
+    depth: int,
+) -> None:
+    for groups in range(1, depth + 1):
         for pace in (Linear(0.001, 0.001), Linear(0.01, 0.0001), Linear(0.0, 0.004)):
-            found = chunk(pace, 1, depth, 512)
+            found = chunk(pace, 1, groups, depth, 512)
             own_s = pace.stage_s(1)
-            if found.mixed:
-                gap_s = depth * pace.stage_s(1 + found.rows)
-            else:
-                gap_s = own_s + max(1, depth - 1) * pace.stage_s(found.rows)
+            gap_s = depth * pace.stage_s(1 + found.rows)
+            if found.in_row:
+                gap_s = groups * (own_s + found.in_row * pace.stage_s(found.rows))
             assert gap_s <= GAP * depth * own_s * 1.001 or found.rows == CHUNK_LEAST
 
 
 def test_no_step_with_decoding_rows_is_so_long_that_company_changes_their_bits() -> None:
     for decoding in (1, 4, 32, 63):
-        for pace in (Linear(0.01, 0.00001), Linear(0.001, 0.001)):
-            found = chunk(pace, decoding, 2, 512)
-            assert not found.mixed or found.rows + decoding <= ALIKE_ROWS
+        for pace in (Linear(0.01, 0.00001), Linear(0.001, 0.001), Linear(0.0, 0.0)):
+            found = chunk(pace, decoding, 1, 2, 512)
+            assert found.in_row or found.rows + decoding <= ALIKE_ROWS
 
 
 def test_prompts_share_steps_where_rows_are_nearly_free_and_take_turns_where_not() -> None:
-    assert chunk(Linear(0.01, 0.00001), 4, 2, 48) == Chunk(48, True)
-    assert not chunk(Linear(0.0, 0.004), 1, 2, 256).mixed
+    assert chunk(Linear(0.01, 0.00001), 4, 1, 2, 48) == Chunk(48)
+    assert chunk(Linear(0.0, 0.004), 1, 1, 2, 256).in_row == 1
+
+
+@pytest.mark.parametrize(("depth", "answers"), [(1, 1), (2, 1), (2, 4), (3, 1), (3, 3), (4, 2)])
+def test_tokens_go_on_coming_while_a_long_prompt_is_read(depth: int, answers: int) -> None:
+    """In a ring of equal stages whose steps take as long as on a processor: most gaps within the
+    bound, none far beyond it, and the stages at work."""
+    ring = Clocked(depth)
+    for i in range(answers):
+        ring.ask(f"a{i}", range(1000 * i, 1000 * i + 20), 400)
+    ring.until(lambda: len(ring.came.get("a0", [])) >= 60)
+    usual_s = float(np.median(np.diff(ring.came["a0"])[-30:]))
+    begun_s = ring.now
+    ring.ask("long", range(20_000, 20_500), 3)
+    ring.until(lambda: "long" in ring.came)
+    times = [at for at in ring.came["a0"] if at >= begun_s]
+    gaps = np.diff(times) / usual_s
+    assert float(np.percentile(gaps, 90)) <= GAP * 1.4
+    assert float(gaps[4:].max()) <= 2 * GAP  # of the first chunks the pace was a guess
+    assert ring.now - begun_s <= 6 * ring.stage_s(500)
+
+
+class Clocked:
+    """Equal stages in virtual time."""
+
+    ROWS, MS = (1, 2, 4, 8, 16, 64, 512), (7, 16, 28, 46, 80, 301, 2406)  # SmolLM2 on one core
+
+    def __init__(self, depth: int) -> None:
+        self.machine = make(depth=depth, chunk_tokens=64)
+        self.depth = depth
+        self.now = 0.0
+        self.came: dict[str, list[float]] = {}
+        self._free = [0.0] * depth
+        self._flying: deque[tuple[float, Run]] = deque()
+
+    def stage_s(self, rows: int) -> float:
+        return float(np.interp(rows, self.ROWS, self.MS)) / 1000 / self.depth
+
+    def ask(self, key: str, ids: Sequence[int], tokens: int) -> None:
+        self._do(self.machine.step(ask(key, ids, tokens), self.now))
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self.now, run = self._flying.popleft()
+            tokens = (7,) * int(run.outputs.sum())
+            took_s = self.stage_s(len(run.ids))
+            returned = Returned(run.step, tokens, spent_s=took_s * self.depth, slowest_s=took_s)
+            self._do(self.machine.step(returned, self.now))
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Deliver) and action.ids:
+                self.came.setdefault(action.key[1], []).append(self.now)
+            elif isinstance(action, Run):
+                at = self.now
+                for stage in range(self.depth):
+                    at = max(at, self._free[stage]) + self.stage_s(len(action.ids))
+                    self._free[stage] = at
+                self._flying.append((at, action))
