@@ -159,7 +159,11 @@ class Stages:
         asked = Submit(name, self.plan.id, data, Sampling(temperature=0.0), count)
         self._socket.send(encode(asked))
         while True:
-            said = decode_answering(self._socket.recv())
+            try:
+                said = decode_answering(self._socket.recv())
+            except zmq.Again:
+                ended = {peer: stage.poll() for peer, stage in self._stages.items()}
+                raise AssertionError(f"no token for {WAIT_S:.0f} s; exits: {ended}") from None
             assert isinstance(said, Tokens), said
             ids += said.ids
             times += [time.perf_counter()] * len(said.ids)
