@@ -29,7 +29,7 @@ from tests.simulated.house import Broken
 
 SEEDS = 2000
 BATCH = 100
-TRIES = 400  # seeds in which a planted mistake must show
+TRIES = 1000  # seeds in which a planted mistake must show
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BATCH))
