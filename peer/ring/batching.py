@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from peer.protocol import Sampling
 from peer.ring.frames import DRAFT_TOKENS_MAX, Copy, Draft, Open, Trim
-from peer.ring.slots import Slot
+from peer.ring.slots import Promise, Slot
 from peer.ring.speculation import Speculation
 
 GAP = 4.0  # times the usual time between tokens, while a prompt is read
@@ -48,6 +48,7 @@ class Job:
     ends: frozenset[int]
     told: float  # when the entry peer last heard of it
     slot: Slot | None = None
+    awaits: Promise | None = None  # its beginning, which is being read for another answer
     turn: int = 0  # how often it took a slot: a step of an earlier time says nothing of this one
     reading: bool = True
     began_with: int = 0  # ids that its slot held already

@@ -197,11 +197,15 @@ class Scheduler:
         for job in list(self.waiting):
             if not self._cache.free or len(self._cache.ops) >= OPS_MAX:
                 return
-            if self._cache.promised(job.ids):
-                continue  # soon there is more to begin with; others need not wait for that
-            slot = self._cache.take(job.ids, self._stretch(job), fresh=job.doubted)
-            if slot is None:
+            cells = self._stretch(job)
+            if not self._cache.room(cells):
                 return  # the oldest waits until there is room: nobody starves
+            if job.awaits is None or not job.awaits.stands:
+                job.awaits = self._cache.promised(job.ids)
+            if job.awaits is not None:
+                continue  # soon there is more to begin with; others need not wait for that
+            slot = self._cache.take(job.ids, cells, fresh=job.doubted)
+            assert slot is not None  # there is room
             self.waiting.remove(job)
             job.slot, job.sent, job.turn = slot, slot.length, job.turn + 1
             job.began_with, job.began_at = slot.length, self._steps + 1

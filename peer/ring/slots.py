@@ -35,6 +35,21 @@ class Slot:
     used: int = 0  # when it was given back, counted
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Worth waiting for: the slot will hold `length` of another answer's first ids once so many of
+    `ids`, which are being read into it now, have been sent."""
+
+    slot: Slot
+    ids: list[int]
+    length: int
+
+    @property
+    def stands(self) -> bool:
+        """Whether that is still to come. It is asked in every step: no ids are compared."""
+        return self.slot.busy and self.slot.ids is self.ids and self.slot.length < self.length
+
+
 @dataclass(slots=True)
 class Slots:
     """All slots of a ring. rewinds: whether a slot can be trimmed and copied at any position; else
@@ -108,16 +123,24 @@ class Slots:
             return slot.length if same else 0
         return common(slot.ids, ids, min(slot.length, len(ids) - 1))
 
-    def promised(self, ids: Sequence[int]) -> bool:
-        """Whether an answer that is being read now will soon have held so much more of these ids
-        that it is worth waiting for."""
+    def promised(self, ids: Sequence[int]) -> Promise | None:
+        """What an answer that is being read now will soon have held of these ids, where it is so
+        much more than any slot holds that it is worth waiting for."""
         reading = [slot for slot in self.all if slot.busy and slot.length < len(slot.ids) - 1]
         if not self.rewinds or not reading:
-            return False
-        soon = max(common(s.ids, ids, min(len(s.ids), len(ids) - 1)) for s in reading)
-        return soon - max(self.match(slot, ids) for slot in self.all) >= FOLLOW_LEAST
+            return None
+        soon = [common(s.ids, ids, min(len(s.ids), len(ids) - 1)) for s in reading]
+        most = max(soon)
+        if most - max(self.match(slot, ids) for slot in self.all) < FOLLOW_LEAST:
+            return None
+        slot = reading[soon.index(most)]
+        return Promise(slot, slot.ids, most - FOLLOW_LEAST + 1)
 
     # Cells ----------------------------------------------------------------------------------
+
+    def room(self, cells: int) -> bool:
+        """Whether one more answer can have so many, all that is kept given up."""
+        return sum(slot.cells for slot in self.all if slot.busy) + cells <= self.cells
 
     def grow(self, slot: Slot, cells: int) -> bool:
         """Reserve more cells for a slot in use. False: there are none."""

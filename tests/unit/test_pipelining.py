@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from peer.protocol import Sampling
+from peer.ring import slots
 from peer.ring.batching import ALIKE_ROWS, CHUNK_LEAST, GAP, Chunk, chunk
 from peer.ring.frames import Copy, Fault, Open, Trim
 from peer.ring.scheduler import (
@@ -22,7 +23,7 @@ from peer.ring.scheduler import (
     Scheduler,
     Submitted,
 )
-from peer.ring.slots import FOLLOW_LEAST
+from peer.ring.slots import FOLLOW_LEAST, common
 
 
 def make(depth: int = 2, slots: int = 8, kv_cells: int = 4000, chunk_tokens: int = 16) -> Scheduler:
@@ -137,6 +138,33 @@ def test_answers_with_one_system_prompt_wait_for_the_first_of_them_to_read_it() 
         flying += runs(machine.step(Returned(run.step, (7,) * int(run.outputs.sum())), 0))
     assert machine.reused >= 3 * (200 - FOLLOW_LEAST)
     assert machine.read <= 202 + 3 * (2 + FOLLOW_LEAST)
+
+
+def test_waiting_for_a_long_beginning_compares_no_ids_in_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """64 answers that waited for 100,000 ids took 150 ms of each step."""
+    machine = Scheduler(8, 9000, 20_000, 64, 5.0, depth=2, chunk_tokens=64)
+    text = list(range(8000))
+    flying = runs(machine.step(ask("a", text), 0))
+    for i in range(30):
+        flying += runs(machine.step(ask(f"b{i}", [*text, i]), 0))
+    compared = 0
+
+    def counted(a: Sequence[int], b: Sequence[int], most: int) -> int:
+        nonlocal compared
+        found = common(a, b, most)
+        compared += found
+        return found
+
+    monkeypatch.setattr(slots, "common", counted)
+    after = 50  # steps in which two answers have all cells
+    while after:
+        after -= len(machine.running) == 2
+        run = flying.pop(0)
+        flying += runs(machine.step(Returned(run.step, (7,) * int(run.outputs.sum())), 0))
+    assert compared <= 2 * 31 * len(text)  # once or twice for each answer
+    assert machine.reused >= len(text) - FOLLOW_LEAST
 
 
 def test_what_was_kept_longest_is_given_up_first_when_cells_are_wanted() -> None:
