@@ -201,7 +201,7 @@ class Scheduler:
             if not self._cache.room(cells):
                 return  # the oldest waits until there is room: nobody starves
             if job.awaits is None or not job.awaits.stands:
-                job.awaits = self._cache.promised(job.ids)
+                job.awaits = None if job.doubted else self._cache.promised(job.ids)
             if job.awaits is not None:
                 continue  # soon there is more to begin with; others need not wait for that
             slot = self._cache.take(job.ids, cells, fresh=job.doubted)
@@ -350,7 +350,9 @@ class Scheduler:
                 why = f"peer {peer_id} computed numbers that are not finite"
                 actions.append(Refuse(job.key, "failed", why))
                 self._release(job, forget=True)
-        for job in [*self.running.values()] if broken else ():
+                if self.drafter is not None:
+                    self.drafter.forget(job.key)
+        for job in [*reversed(self.running.values())] if broken else ():  # to wait in their order
             hit = flying.carried.get(_slot(job).number, (None, 0)) == (job, job.turn)
             hit = hit and _slot(job).number in broken
             if job.began_with and (hit or job.began_at > event.step):
