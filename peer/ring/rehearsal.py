@@ -29,7 +29,8 @@ from peer.ring.head import Head
 from peer.ring.steps import Steps
 from peer.ring.tail import Tail
 
-_PROMPT = 8  # ids
+_PROMPT = 1  # id: whatever the plan's chunks are, a step of one row
+_ANSWER = 512  # tokens: a longer answer would grow, and be indexed anew while a frame is expected
 _WORDS = 64  # of the vocabulary that is sampled from
 _IDS, _STRIDE = 50_021, 7919  # prime: a text that does not repeat itself would not be guessed
 _GREEDY = Sampling(temperature=0.0)
@@ -72,9 +73,7 @@ class Rehearsal:
             self._steps.hear()
         if not self._head.todo:  # none has been begun, or the last one has its tokens
             ids = np.arange(_PROMPT, dtype=np.int32)
-            asked = schedule.Submitted(
-                (b"", ""), ids, _GREEDY, self._plan.split.context, frozenset()
-            )
+            asked = schedule.Submitted((b"", ""), ids, _GREEDY, _ANSWER, frozenset())
             self._head.take(asked)
         self._steps.begin(self._head.todo.popleft(), True)
         self._head.forget()
