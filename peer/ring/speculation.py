@@ -237,11 +237,6 @@ class Speculation:
                 return self._lookup.draft(count)
         return () if self._model is None else self._model.draft(self._lookup.ids, most, cost_s)
 
-    def forget(self) -> None:
-        """The answer is over: the drafter need not keep it."""
-        if self._model is not None:
-            self._model.forget()
-
 
 class _Model:
     """When to ask the small model, and for how many ids."""
@@ -252,10 +247,6 @@ class _Model:
         self._guess: tuple[int, ...] = ()
         self._right, self._seen = _MODEL_PRIOR
         self._since = self._pause = 0  # tokens since the last guess; to wait between two in vain
-
-    def forget(self) -> None:
-        """The answer is over."""
-        self._drafter.forget(self._key)
 
     def took(self, ids: Sequence[int]) -> None:
         """Compare what came with the guess. Where fewer ids came than were guessed and all of them

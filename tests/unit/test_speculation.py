@@ -309,7 +309,6 @@ class Small:
     def __init__(self, truth: Sequence[int], right: int, prompt: Sequence[int] = (1, 2, 3)) -> None:
         self.truth, self.right, self.prompt = truth, right, prompt
         self.asked: list[tuple[int, int]] = []
-        self.forgotten: list[Hashable] = []
         self.speculation = Speculation(prompt, self, "answer")
 
     def draft(self, key: Hashable, ids: Sequence[int], most: int) -> tuple[int, ...]:
@@ -320,7 +319,7 @@ class Small:
         return tuple(token if n < self.right else -1 for n, token in enumerate(said))
 
     def forget(self, key: Hashable) -> None:
-        self.forgotten.append(key)
+        raise AssertionError("the scheduler does that")
 
     def answered(self, cost: Cost, first: int = 0, last: int | None = None) -> Answered:
         return answer((), self.truth[first:last], cost, speculation=self.speculation)
@@ -389,10 +388,3 @@ def test_a_guess_that_was_not_run_is_not_made_again() -> None:
     small = Small(noise(100, 50_000), right=64)
     assert len(small.speculation.draft(16, cheap)) > 2
     assert small.speculation.draft(16, hostile) == ()
-
-
-def test_the_small_model_is_told_that_the_answer_is_over() -> None:
-    small = Small([], right=0)
-    small.speculation.forget()
-    Speculation([1, 2, 3]).forget()
-    assert small.forgotten == ["answer"]
