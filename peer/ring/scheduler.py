@@ -247,6 +247,8 @@ class Scheduler:
     def _chunk(self, decoding: int, share: int) -> batching.Chunk:
         """How prompts are read beside so many answers, of which so many share a step."""
         most = min(self.chunk_tokens or self.batch_tokens, self.batch_tokens)
+        if share >= self.batch_tokens:
+            return batching.Chunk(most, 1)  # beside them no row is left
         groups = -(-decoding // share) if share else 1
         return batching.chunk(self.tempo, share, groups, self.depth, most)
 

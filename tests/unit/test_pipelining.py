@@ -84,6 +84,21 @@ def test_chunks_of_several_prompts_share_a_step() -> None:
     assert run.slots.tolist() == [0] + [1] * 10 + [2] * 6
 
 
+def test_a_prompt_is_read_where_answers_fill_every_step() -> None:
+    machine = Scheduler(8, 1000, 8000, 4, 5.0, depth=1)
+    flying: list[Run] = []
+    for i in range(4):
+        flying += runs(machine.step(ask(f"r{i}", range(i * 100, i * 100 + 3), tokens=500), 0))
+    flying += runs(machine.step(ask("late", range(500, 520)), 0))
+    heard: set[str] = set()
+    for _ in range(100):
+        run = flying.pop(0)
+        actions = machine.step(Returned(run.step, (7,) * int(run.outputs.sum())), 0)
+        heard |= {key for key, _ in told(actions)}
+        flying += runs(actions)
+    assert heard == {"r0", "r1", "r2", "r3", "late"}
+
+
 def test_eight_answers_are_shared_out_evenly_among_two_stages() -> None:
     machine = make(chunk_tokens=64)
     flying: list[Run] = []
