@@ -134,6 +134,12 @@ class Head:
         for action in self.scheduler.step(event, time.monotonic()):
             self._perform(action)
 
+    def next_step(self) -> schedule.Run:
+        """The first of `todo`, to be begun now."""
+        run = self.todo.popleft()
+        self.scheduler.begins(run.step, time.monotonic())
+        return run
+
     def _perform(self, action: schedule.Action) -> None:
         plan = self.plan.id
         match action:

@@ -75,7 +75,7 @@ class Rehearsal:
             ids = np.arange(_PROMPT, dtype=np.int32)
             asked = schedule.Submitted((b"", ""), ids, _GREEDY, _ANSWER, frozenset())
             self._head.take(asked)
-        self._steps.begin(self._head.todo.popleft(), True)
+        self._steps.begin(self._head.next_step(), True)
         self._head.forget()
 
     @property

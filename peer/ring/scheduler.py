@@ -115,6 +115,12 @@ class Scheduler:
             actions.append(run)
         return actions + self._signs(now)
 
+    def begins(self, step: int, now: float) -> None:
+        """A step leaves now. To choose it may have taken a drafter's time, which is no hop's."""
+        for flying in self._flying:
+            if flying.number == step:
+                flying.began = now
+
     def _signs(self, now: float) -> list[Action]:
         """Signs of life of answers from which nothing was heard for a while."""
         quiet = [

@@ -178,7 +178,7 @@ class Stage:
         """One of the steps that are to be run. Entry peers are told of the last one's tokens once
         the ring is at work again, where that is soon."""
         if head.todo and self.steps.may_begin:
-            run = head.todo.popleft()
+            run = head.next_step()
             if self.alone or len(run.ids) > _FEW_ROWS or self.paces.last_s > _SOON_S:
                 head.deliver()
             self.steps.begin(run, head.scheduler.active == 1)
