@@ -30,6 +30,7 @@ from peer.ring.sockets import as_server
 log = logging.getLogger("halka.stage")
 
 _LAST_WORDS_MS = 200  # to reach entry peers when the stage ends
+_HEARD_MAX = 64  # messages of entry peers between steps: who floods the head does not halt the ring
 
 _Key = tuple[Hashable, str]  # whose answer it is: a connection, and its name there
 
@@ -71,8 +72,9 @@ class Head:
         self.socket.router_mandatory = True
 
     def hear(self) -> None:
-        """Everything that entry peers ask for now."""
-        while True:
+        """What entry peers ask for now, so much of it as leaves the ring at work; the rest is heard
+        the next time, as the socket stays readable."""
+        for _ in range(_HEARD_MAX):
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
