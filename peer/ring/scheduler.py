@@ -39,7 +39,6 @@ WAITING_OF_ONE_MAX = 32  # of one entry peer, so that it cannot keep all others 
 STRETCH_TOKENS = 512  # KV cells are reserved so many ahead: few answers are ever put back
 ALIVE_S = 5.0  # an answer that waits or is being read gives a sign of life so often
 FAULTY_STEPS = 3  # in a row, without a good number between: the fault is a peer's, no answer's
-OPS_MAX = 512  # in one step; a frame takes twice as many
 
 
 @dataclass(slots=True)
@@ -201,7 +200,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         for job in list(self.waiting):
-            if not self._cache.free or len(self._cache.ops) >= OPS_MAX:
+            if self._cache.laden or not self._cache.free:
                 return
             cells = self._stretch(job)
             if not self._cache.room(cells):

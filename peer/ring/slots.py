@@ -19,6 +19,8 @@ from peer.ring.frames import Copy, Open, Trim
 REUSE_LEAST = 8  # ids: fewer in common are not worth an operation in every stage
 FOLLOW_LEAST = 64  # ids that another answer's prompt is about to give: worth waiting for
 _SPAN = 512  # ids that are compared at once
+_OPS_MAX = 512  # in one step; a frame takes twice as many
+_HISTORY_BYTES = 1 << 19  # of ids that penalties look back on; a frame takes 1 MiB and one more's
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +71,12 @@ class Slots:
     def free(self) -> list[Slot]:
         """Slots that no answer uses."""
         return [slot for slot in self.all if not slot.busy]
+
+    @property
+    def laden(self) -> bool:
+        """Whether the next step carries as much as it can before one more answer is let in."""
+        histories = sum(len(op.history) for op in self.ops if isinstance(op, Open))
+        return len(self.ops) >= _OPS_MAX or histories > _HISTORY_BYTES
 
     def flush(self) -> tuple[Open | Trim | Copy, ...]:
         """The operations that the next step carries."""
