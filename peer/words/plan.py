@@ -86,7 +86,7 @@ def lines(plan: Plan, shown: Shown, status: Status, screen: Screen) -> list[str]
     out = [
         screen.paint(f"Plan {plan.id} for {screen.clean(plan.shape.model)}", "bold")
         + f", {screen.clean(shown.phase or 'not served')}",
-        f"  {forecast.facts(seen, screen)}",
+        *screen.wrap(forecast.facts(seen, screen), "  "),
         f"  made by {screen.clean(seen.name(plan.coordinator))}",
     ]
     if plan.split.why:

@@ -205,7 +205,8 @@ def lines(case: Case, now: Outcome, then: Outcome | None, screen: Screen) -> lis
 def _whole(title: str, case: Case, outcome: Outcome, screen: Screen) -> list[str]:
     if outcome.seen is None:
         return screen.wrap(f"There is no plan for {case.model.shape.model}: {outcome.why}", "")
-    out = [screen.paint(title, "bold"), f"  {forecast.facts(outcome.seen, screen)}"]
+    out = [screen.paint(title, "bold")]
+    out += screen.wrap(forecast.facts(outcome.seen, screen), "  ")
     out += screen.wrap(outcome.seen.split.why, "  ") if outcome.seen.split.why else []
     if case.reckoned:
         out += screen.wrap(

@@ -88,6 +88,10 @@ def test_what_the_plan_takes_stands_beside_what_it_took(
     )
     assert "Without layers\n  mini: with mini a token would take 73 ms" in shown
     assert max(map(len, shown.splitlines())) <= 80
+    changed = {"kv_type": "q8_0", "flash": "on", "speculation": "off", "context": 131072}
+    agent.answers["/halka/plan"]["split"] |= changed
+    assert "speculation off\n" in (shown := words(capsys))
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_measured_ttft_is_told_once_every_stage_has_said_what_a_row_takes(
