@@ -225,3 +225,23 @@ class Step:
             ops,
             tuple(self._drafts),
         )
+
+
+def read(step: Step, prompts: Sequence[Job], rows: int) -> None:
+    """Put so many rows of prompts into the step. The one with the least left gets half of them, so
+    that a question does not wait for another's book to be read; then the oldest comes first."""
+    shortest = min(prompts, key=lambda job: len(job.ids) - job.sent)
+    first = 0
+    if shortest is not prompts[0] and rows > 1:
+        first = step.read(shortest, _slot(shortest), rows // 2)
+    rows -= first
+    for job in prompts:
+        if rows <= 0:
+            return
+        if job is not shortest or not first:
+            rows -= step.read(job, _slot(job), rows)
+
+
+def _slot(job: Job) -> Slot:
+    assert job.slot is not None
+    return job.slot

@@ -133,6 +133,8 @@ class Scheduler:
 
     def _submitted(self, event: Submitted, now: float) -> list[Action]:
         length = len(event.ids)
+        if any(job.key == event.key for job in (*self.waiting, *self.running.values())):
+            return []  # asked twice: the first time counts
         if not 0 < length < self.context:
             why = f"{length} tokens do not fit into a context of {self.context}"
             return [Refuse(event.key, "invalid", why)]
@@ -267,11 +269,7 @@ class Scheduler:
         return 2 * self.depth - 1 if chunk is not None and chunk.in_row else self.depth
 
     def _read(self, step: Step, prompts: Sequence[Job], rows: int) -> None:
-        """Put so many rows of prompts into the step, the oldest answer's first."""
-        for job in prompts:
-            if rows <= 0:
-                return
-            rows -= step.read(job, _slot(job), rows)
+        batching.read(step, prompts, rows)
 
     def _guess(self, job: Job, decoding: Sequence[Job], prompts: Sequence[Job]) -> list[int]:
         """Only while stages have time for it: more answers than stages fill them already."""

@@ -12,7 +12,8 @@ What is promised to an answer, in steps that are decided one after another:
   second one of them at most is of prompts alone;
 - no step is held back while fewer than `depth` are on their way and an answer has a row to run.
   At most as many are, one more while nobody decodes, `depth - 1` more where prompts take turns.
-So a prompt waits for those before it, which come further all the time, and for nothing else.
+So a prompt waits for those before it, which come further all the time, and for shorter ones, which
+get half of what is read.
 """
 
 from __future__ import annotations
