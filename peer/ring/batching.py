@@ -24,7 +24,7 @@ from peer.ring.frames import DRAFT_TOKENS_MAX, Copy, Draft, Open, Trim
 from peer.ring.slots import Promise, Slot
 from peer.ring.speculation import Speculation
 
-GAP = 4.0  # times the usual time between tokens, while a prompt is read
+GAP = 3.0  # times the usual time between tokens, while a prompt is read
 # Rows of a step in which answers decode, at most. Up to so many a processor gives each row the bits
 # that it would have alone, so that company and guesses change no token (llama.cpp with flash
 # attention; from 64 on other kernels are used, and a few tokens of a hundred are others).

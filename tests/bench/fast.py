@@ -58,7 +58,7 @@ class Models:
             path = self.large or write(self.home / "random-1b.gguf")
         home = self.home / ("large" if name in LARGE else "small")
         store = Store(home)
-        cores = tuple(sorted(os.sched_getaffinity(0)))[:2]
+        cores = tuple(sorted(os.sched_getaffinity(0), reverse=True))[:2]  # 0 has interrupts
         return Model(path, store, import_gguf(path, store), cores)
 
 

@@ -27,21 +27,22 @@ LONG, MANY, TOKENS = 1500, 8, 64
 GROUP = 4  # of 8 answers, with two stages in work at once
 DELAY_S = 0.002
 CHUNKS = (64, 96, 128, 192, 256)
-CHUNKS_ALONE = (128, 256, 512)
+CHUNKS_ALONE = (64, 128, 256, 512)
 PAGE = (
-    "Anna Keller opened the small bakery on Mill Street in the spring of 1987. Every morning at "
-    "four, Anna carried flour from the cellar, lit the old oven and kneaded the dough for forty "
-    "loaves. Her brother Paul drove the van to the villages along the river, and by noon the van "
-    "was empty. In winter, when the river froze, Paul went by sledge. The bakery won a prize for "
-    "its rye bread in 1992, and people came from the city to buy it. Anna never wanted a second "
-    "shop. She said that one oven was enough for one life, and that bread tells you when it is "
-    "ready. Today her daughter Lena runs the bakery on Mill Street, with the same oven and a new "
-    "van, and the rye bread still has the same dark crust."
+    "The harbour at Wexley was built in 1784 by a company of herring merchants. Its outer wall is "
+    "made of grey granite blocks, each wieghing about three tonnes, which were brought by barge "
+    "from a quarry eleven miles to the north. The lighthouse at the end of the wall was added "
+    "forty years later, after a storm wrecked nine boats in a single night. Today the harbour "
+    "shelters some thirty fishing boats, a small ferry that runs twice a day to Saint Orrin's "
+    "island, and a growing number of sailing yachts in summer. The old salt house on the quay is "
+    "now a musuem, where visitors can see nets, barrels and the logbooks of the first harbour "
+    "masters."
 )
 EDIT = (
-    f"<|im_start|>user\n{PAGE}\n\nRepeat the text above word by word, but write Clara instead of "
-    "Anna.<|im_end|>\n<|im_start|>assistant\nClara Keller opened the small bakery"
+    "<|im_start|>user\nCorrect the spelling of this text and give it back unchanged otherwise."
+    f"\n\n{PAGE}<|im_end|>\n<|im_start|>assistant\n"
 )
+EDITED = 140  # tokens, then it is at its end
 
 
 def ids_of(text: str) -> tuple[int, ...]:
@@ -89,7 +90,8 @@ def _stream(model: Model, row: Row, turns: int, cuts: Sequence[int], tokens: int
 
 
 async def prefill(model: Model, turns: int) -> Row:
-    """Each side with the chunk, the ring with the cut, that is best for it."""
+    """Each side with the chunk, the ring with the cut, that is best for it. One slot: what an
+    earlier prompt left in another one would be looked at, too, before it is masked."""
     row = Row("prefill", f"prefill of {LONG} tokens: 2 peers ÷ 1 core", 1.8, "tokens/s")
     with alone(model) as whole:
 
@@ -103,11 +105,11 @@ async def prefill(model: Model, turns: int) -> Row:
         tried: dict[tuple[int, int], float] = {}
         for cut in (15, 16):
             for size in CHUNKS:
-                async with ringed(model, model.plan(cut, chunk_tokens=size)) as ring:
+                async with ringed(model, model.plan(cut, chunk_tokens=size, slots=1)) as ring:
                     tried[cut, size] = await _read(ring, 2000 + size)
         cut, size = max(tried, key=lambda key: tried[key])
         row.notes.append(f"ring, by cut and chunk: {_told(tried)}")
-        async with ringed(model, model.plan(cut, chunk_tokens=size)) as ring:
+        async with ringed(model, model.plan(cut, chunk_tokens=size, slots=1)) as ring:
             return await in_turns(
                 row, turns, lambda turn: _read(ring, 3000 + turn), lambda turn: other(turn, chunk)
             )
@@ -180,7 +182,7 @@ async def lookup(model: Model, turns: int) -> Row:
         answers: dict[Pinned, list[int]] = {}
 
         async def tpot(ring: Pinned) -> float:
-            heard, answers[ring] = await ring.hear(prompt, 160)
+            heard, answers[ring] = await ring.hear(prompt, EDITED)
             return heard.tpot_s
 
         await in_turns(row, turns, lambda _: tpot(plain), lambda _: tpot(guessing))
