@@ -159,7 +159,7 @@ def _chat(word: argparse.ArgumentParser) -> None:
     add("--model", metavar="ID", help="the model to ask (the one that is served)")
     add("--temperature", metavar="T", type=float, help="0 is always the likeliest token")
     add("--max-tokens", metavar="N", type=int, help="of the answer at most")
-    add("--seed", metavar="N", type=int, help="the same seed gives the same answer")
+    add("--seed", metavar="N", type=int, help="the same seed draws tokens alike")
     add("--stats", action="store_true", help="print TTFT and TPOT after the answer")
 
 
