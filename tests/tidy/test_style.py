@@ -324,3 +324,12 @@ def test_every_dependency_is_used_and_everything_used_is_one() -> None:
     used -= sys.stdlib_module_names | set(PACKAGES)
     assert used - declared == set(), "imported, but not in pyproject.toml"
     assert declared - used == set(), "in pyproject.toml, but never imported"
+
+
+@pytest.mark.parametrize("together", [("tidy", "unit", "simulated"), ("e2e",), ("netns",)])
+def test_files_of_tests_that_run_together_have_names_of_their_own(
+    together: tuple[str, ...],
+) -> None:
+    """pytest collects no second one, and only says so where it collects both."""
+    names = [file.name for kind in together for file in (ROOT / "tests" / kind).glob("test_*.py")]
+    none(name for name in set(names) if names.count(name) > 1)
