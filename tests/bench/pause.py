@@ -103,8 +103,9 @@ def start(holders: Sequence[str], **settings: str) -> Iterator[tuple[Home, Truth
         home(Path(folder), holders, spare="off", **settings) as four,
     ):
         (head,) = (four.machine(NAMES[0]).home / "models").glob("*/head.gguf")
-        chunk = int(four.machine(NAMES[0]).get("/halka/plan")["split"]["batch_tokens"])
-        with truth(head, [QUESTION], chunk) as one:
+        split = four.machine(NAMES[0]).get("/halka/plan")["split"]
+        chunk = int(split["chunk_tokens"] or split["batch_tokens"])
+        with truth(head, [QUESTION]) as one:
             yield four, one, chunk
 
 

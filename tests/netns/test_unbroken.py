@@ -52,7 +52,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 def one(four: Home) -> Iterator[Truth]:
     """What they should say."""
     (head,) = (four.machine(NAMES[0]).home / "models").glob("*/head.gguf")
-    with truth(head, [QUESTION, *QUESTIONS], chunk(four)) as made:
+    with truth(head, [QUESTION, *QUESTIONS]) as made:
         yield made
 
 
@@ -65,7 +65,8 @@ def whole(request: pytest.FixtureRequest) -> None:
 
 def chunk(of: Home, name: str = NAMES[0]) -> int:
     """How many tokens of a prompt the ring reads at once."""
-    return int(of.machine(name).get("/halka/plan")["split"]["batch_tokens"])
+    split = of.machine(name).get("/halka/plan")["split"]
+    return int(split["chunk_tokens"] or split["batch_tokens"])
 
 
 def ended_well(reader: Reader, story: str) -> None:
@@ -126,7 +127,7 @@ def test_the_only_holder_of_the_model_is_waited_for_and_once_there_are_spare_par
         oak, elm = few.machine("oak"), few.machine("elm")
         (head,) = (oak.home / "models").glob("*/head.gguf")
         kept = Path(shutil.copy(head, tmp_path / "head.gguf"))
-        with truth(kept, [QUESTION], chunk(few)) as one:
+        with truth(kept, [QUESTION]) as one:
             before = {name: len(m.log()) for name, m in few.world.machines.items()}
             with few.ask(elm, tokens=TOKENS) as reader:
                 reader.wait(10, 40)

@@ -23,7 +23,7 @@ from peer.ring.sampling import Sampler
 from tests.plain_llama import PlainLlama
 from tests.smollm2 import smollm2
 
-CONTEXT = 2048
+CONTEXT, BATCH = 2048, 512
 GREEDY = Sampling(temperature=0.0)
 # Of a logit: so far behind the likeliest a token may be. Measured with eight sequences in a batch:
 # logits differ by up to 1.2 from those of one alone, and what changed places was 0.22 apart at
@@ -47,7 +47,7 @@ class Truth:
         starts: Sequence[int] = (),
         sampling: Sampling = GREEDY,
     ) -> str:
-        """The answer's text. chunk: the plan's batch_tokens; starts: after how many tokens it was
+        """The answer's text. chunk: the plan's chunk_tokens; starts: after how many tokens it was
         computed anew, in order."""
         ids: list[int] = []
         for begin, end in zip([0, *starts], [*starts, tokens], strict=True):
@@ -123,8 +123,8 @@ class Truth:
 
 
 @contextmanager
-def truth(head: Path, questions: Sequence[str], chunk: int) -> Iterator[Truth]:
-    """head: head.gguf of the model. chunk: the most that is read at once."""
+def truth(head: Path, questions: Sequence[str]) -> Iterator[Truth]:
+    """head: head.gguf of the model."""
 
     async def read() -> tuple[Text, dict[str, list[int]]]:
         text = await Text.open("llama_cpp", head)
@@ -141,5 +141,5 @@ def truth(head: Path, questions: Sequence[str], chunk: int) -> Iterator[Truth]:
             await text.close()
 
     text, prompts = asyncio.run(read())
-    with PlainLlama(smollm2(), cells=CONTEXT, batch=chunk) as model:
+    with PlainLlama(smollm2(), cells=CONTEXT, batch=BATCH) as model:
         yield Truth(model, text, prompts)
