@@ -6,7 +6,11 @@ from importlib import import_module
 
 from backends.base import Engine
 
-_ENGINES = {"llama_cpp": "backends.llama_cpp", "fake": "backends.fake"}
+_ENGINES = {
+    "llama_cpp": "backends.llama_cpp",
+    "mlx": "backends.mlx",
+    "fake": "backends.fake",
+}
 
 
 def load(name: str) -> Engine:

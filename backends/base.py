@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,11 +113,41 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's bytes lie. offset: from the file's start. Type and size: the header's."""
+
+    file: Path
+    offset: int
+
+
+Weights = Literal["auto", "exact", "small"]
+"""What an engine that cannot compute with every type of tensor as it is in the file may do: keep
+it in more bytes, rounded at most to float16 (auto); nothing (exact); requantise it (small)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """Whether an engine can run a model, from its header alone, and what it weighs in memory then.
+
+    how: exact (every weight as the file says it) | approximate | no. why: for the last two, in
+    words. layer_bytes, embed_bytes, output_bytes: of the weights in memory, where these differ from
+    the file's; () and 0 otherwise.
+    """
+
+    how: Literal["exact", "approximate", "no"]
+    why: str = ""
+    layer_bytes: tuple[int, ...] = ()
+    embed_bytes: int = 0
+    output_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """Layers [first, last) of a model of `layers` layers, with the files that hold them.
 
     `files`: main file, then the parts in split order. `embed`: the file with the token embedding
     where the window is the first and not also the last (else None). `header`: the whole model's.
+    `places`: of every tensor of these files that the model has, by its name in the whole model.
     """
 
     first: int
@@ -126,6 +156,7 @@ class Window:
     header: Header
     files: tuple[Path, ...]
     embed: Path | None = None
+    places: Mapping[str, Place] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
@@ -149,6 +180,7 @@ class Settings:
     gpu_layers: int = -1  # of each window; -1: all that the engine can
     kv_type: str = "f16"  # GGML type name of the KV cache, lower case: f16 | q8_0
     flash: str = "auto"  # flash attention: auto (the engine's choice) | on | off
+    weights: Weights = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +289,10 @@ class Engine(Protocol):
 
     def cuts(self, header: Header) -> Cuts:
         """Where this engine may cut the model, from the header alone."""
+        ...
+
+    def can_run(self, header: Header, weights: Weights = "auto") -> Ability:
+        """Whether it can run the model, and what it weighs in memory then."""
         ...
 
     def recipe(self, header: Header, first: int, last: int) -> Recipe:

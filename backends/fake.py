@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from backends import fake_faults
 from backends.base import (
+    Ability,
     BackendFault,
     Batch,
     Cuts,
@@ -36,6 +37,7 @@ from backends.base import (
     Settings,
     Slot,
     Vocabulary,
+    Weights,
     Window,
 )
 from backends.fake_model import (
@@ -268,6 +270,12 @@ class FakeEngine:
             why = f"the fake engine runs the fake architecture only, not {header.architecture}"
             return Cuts(header.layers, (0,), why=why)
         return Cuts(header.layers, tuple(range(header.layers)))
+
+    def can_run(self, header: Header, weights: Weights = "auto") -> Ability:
+        """Fake models, exactly."""
+        if header.architecture != ARCHITECTURE:
+            return Ability("no", f"the fake engine runs fake models, not {header.architecture}")
+        return Ability("exact")
 
     def recipe(self, header: Header, first: int, last: int) -> Recipe:
         """How to write the main file of [first, last). Raises BackendFault if refused."""

@@ -65,6 +65,8 @@ class Config:
     kv_type: Literal["f16", "q8_0"] = "f16"  # of the KV cache; q8_0: half the memory, not as exact
     flash: Literal["auto", "on", "off"] = "auto"  # flash attention; auto: the engine's choice
     speculation: Literal["auto", "off"] = "auto"  # guess tokens and verify them, where that pays
+    weights: Literal["auto", "exact", "small"] = "auto"  # see `backends.base.Weights`
+    islands: Literal["off", "auto"] = "off"  # compute layers together with Macs on its own cables
     draft: str = ""  # the model that guesses, by its id, beside looking into the text so far
     threads: int = 0  # of a stage; 0: one for each physical core
     context: int = 0  # tokens of one request at most; 0: what the model and the memory allow
@@ -186,6 +188,8 @@ def _checked(key: str, value: Any, source: str) -> dict[str, Any]:
         "kv_type": ("f16", "q8_0"),
         "flash": ("auto", "on", "off"),
         "speculation": ("auto", "off"),
+        "weights": ("auto", "exact", "small"),
+        "islands": ("off", "auto"),
         "log": ("debug", "info", "warning", "error"),
     }.get(key)
     if choices and value not in choices:

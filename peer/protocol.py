@@ -161,6 +161,7 @@ class Report(Message, frozen=True, tag="report"):
     # not finite.
     lost: Annotated[str, msgspec.Meta(max_length=16)] = ""
     blamed: Annotated[str, msgspec.Meta(max_length=16)] = ""
+    island_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
 
 
 # Links: any peer asks any peer, when neither computes --------------------------------------------

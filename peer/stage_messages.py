@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from peer.planning.plan import PlanState
+from peer.planning.plan import ISLAND_MAX, PlanState
 from peer.planning.profile import PEERS_MAX, Count, PeerId
 from peer.wire import Address, Key, Message, Timed
 
@@ -22,6 +22,7 @@ class StageOrder(Message, frozen=True, tag="order"):
     bind: str = "*"  # interface address to listen on
     admitted: tuple[Key, ...] = ()  # agents that may submit
     draft_folder: str = ""  # of the model that drafts, in the store (head, where the plan has one)
+    weights: Literal["auto", "exact", "small"] = "auto"  # see `backends.base.Weights`
 
 
 class StageConnect(Message, frozen=True, tag="connect"):
@@ -30,6 +31,7 @@ class StageConnect(Message, frozen=True, tag="connect"):
     next_address: Address
     next_key: Key
     previous_key: Key
+    island: Annotated[tuple[Address, ...], msgspec.Meta(max_length=ISLAND_MAX)] = ()  # by rank
 
 
 class StageAdmit(Message, frozen=True, tag="admit"):
@@ -66,6 +68,7 @@ class StageNews(Message, frozen=True, tag="news"):
     timed: Timed | None = None
     pong: int = 0  # of the last StagePing
     blamed: str = ""  # peer whose numbers were not finite, answer after answer (head)
+    island_port: int = 0  # where its island's peers are to meet it
 
 
 Pipe = StageOrder | StageConnect | StageAdmit | StagePing | StageStop | StageNews

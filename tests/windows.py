@@ -43,7 +43,9 @@ class Stored:
         """The files of a window, placed as a stage places them."""
         recipe = ENGINE.recipe(self.header, first, last)
         placed = place(self.folder, self.manifest, recipe, first, last, self._home)
-        return Window(first, last, self.header.layers, self.header, placed.files, placed.embed)
+        return Window(
+            first, last, self.header.layers, self.header, placed.files, placed.embed, placed.places
+        )
 
     @contextmanager
     def cut(self, edges: Sequence[int], settings: Settings) -> Iterator[Ring]:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backends.base import Backend, Cuts, Device, Engine, Header, Recipe, Settings, Vocabulary
+from backends.base import (
+    Ability,
+    Backend,
+    Cuts,
+    Device,
+    Engine,
+    Header,
+    Recipe,
+    Settings,
+    Vocabulary,
+    Weights,
+)
 from backends.llama_cpp import cache, recipe, rules
 from backends.llama_cpp.cache import recurrent
 
@@ -23,6 +34,10 @@ class LlamaCpp:
     def cuts(self, header: Header) -> Cuts:
         """Where it may cut the model."""
         return rules.cuts(header)
+
+    def can_run(self, header: Header, weights: Weights = "auto") -> Ability:
+        """Whatever it is given: what libllama does not know it refuses when it loads it."""
+        return Ability("exact")
 
     def recipe(self, header: Header, first: int, last: int) -> Recipe:
         """How to write the main file of the window. Raises BackendFault if refused."""

@@ -9,14 +9,14 @@ is never moved, truncated or replaced.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
-from backends.base import Cuts, Header, Recipe, TensorFact
+from backends.base import Cuts, Header, Place, Recipe, TensorFact
 from peer.errors import GGUFError, ModelError, PartError
 from peer.models import disk, gguf, tokenizers
 from peer.models.disk import hold
@@ -48,11 +48,13 @@ __all__ = [
 class Placed:
     """A window's files as an engine takes them. files: main file, then the splits in order.
 
-    embed: where the first window's token embedding is to be looked up by the engine itself.
+    embed: where the first window's token embedding is to be looked up by the engine itself. places:
+    of all tensors of these parts, by their names in the whole model.
     """
 
     files: tuple[Path, ...]
     embed: Path | None
+    places: Mapping[str, Place]
 
 
 def load_header(folder: Path, manifest: Manifest | None = None) -> Header:
@@ -126,7 +128,13 @@ def place(
         if alone:
             _make_readable(folder, manifest, alone)
     files = (path, *(folder / part.file for part in splits))
-    return Placed(files, folder / alone.file if alone else None)
+    held = [manifest.part("head"), *splits, *([alone] if alone else [])]
+    places = {
+        t.name: Place(folder / part.file, part.header_bytes + t.offset)
+        for part in held
+        for t in part.tensors
+    }
+    return Placed(files, folder / alone.file if alone else None, places)
 
 
 class _Main:

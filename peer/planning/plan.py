@@ -22,6 +22,7 @@ from peer.planning.profile import (
 
 WINDOWS_MAX = 512
 TERM_MAX = 1 << 40
+ISLAND_MAX = 8  # peers that compute one window together
 STAGES_MAX = 4  # at once on a peer: one that serves, one that is to come, two that drain
 
 
@@ -39,7 +40,8 @@ class PlanWindow(Value, frozen=True):
     """Layers [first, last) on one peer, by one backend.
 
     ahead_bytes: of a window that streams, what is read before its turn, into room that others make
-    for it by giving up as much; -1: as much as there can be.
+    for it by giving up as much; -1: as much as there can be. island: the peers that compute it
+    together with this one, tensor by tensor, in the order of their ranks, from 1 on.
     """
 
     peer_id: PeerId
@@ -50,6 +52,7 @@ class PlanWindow(Value, frozen=True):
     gpu_layers: int = -1
     streamed_bytes: Bytes = 0  # its share of the weights that are too many for the peer's memory
     ahead_bytes: Annotated[int, msgspec.Meta(ge=-1, le=1 << 60)] = -1
+    island: Annotated[tuple[PeerId, ...], msgspec.Meta(max_length=ISLAND_MAX - 1)] = ()
 
 
 class LeftOut(Value, frozen=True):
@@ -204,6 +207,7 @@ class StageLink(Value, frozen=True):
     ring_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     key: Annotated[str, msgspec.Meta(min_length=40, max_length=40)]  # CURVE public key, Z85
     submit_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # head only
+    island_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0  # where its island's peers meet
 
     def __post_init__(self) -> None:
         if not is_key(self.key):

@@ -15,6 +15,7 @@ Layer = Annotated[int, msgspec.Meta(ge=0, le=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e15)]  # bytes a second; 0: not measured
+PortId = Annotated[str, msgspec.Meta(max_length=64)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 PEERS_MAX = 64
@@ -51,6 +52,37 @@ class EngineProfile(Value, frozen=True):
     memory_free_bytes: Bytes = 0
     memory_total_bytes: Bytes = 0
     integrated: bool = False  # a GPU without memory of its own
+
+
+class Fit(Value, frozen=True):
+    """Whether one engine can run a model that not every engine runs as it is in the file.
+
+    weights, how, why and the bytes: see `backends.base.Ability`.
+    """
+
+    backend: Name
+    weights: Literal["auto", "small"] = "auto"  # the setting for which it is told
+    how: Literal["exact", "approximate", "no"] = "exact"
+    why: Why = ""
+    layer_bytes: Annotated[tuple[Bytes, ...], msgspec.Meta(max_length=LAYERS_MAX)] = ()
+    embed_bytes: Bytes = 0
+    output_bytes: Bytes = 0
+
+
+class Port(Value, frozen=True):
+    """A Thunderbolt port of this peer. uuid: its identity; peer_uuid: of the port at the cable's
+    other end, "" where none is told. interface: its network interface (en2), "" where it has none.
+    bits_per_s: of the cable, 0: not told. addresses: of the interface."""
+
+    uuid: PortId
+    peer_uuid: PortId = ""
+    receptacle: Annotated[str, msgspec.Meta(max_length=16)] = ""
+    interface: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    bits_per_s: Rate = 0.0
+    addresses: Annotated[
+        tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=8)
+    ] = ()
+    rdma: Annotated[str, msgspec.Meta(max_length=32)] = ""  # the RDMA device (rdma_en2), "": none
 
 
 class Speed(Value, frozen=True):
@@ -127,6 +159,9 @@ class Profile(Value, frozen=True):
     kv_type: Literal["f16", "q8_0"] = "f16"  # settings of this peer; the coordinator's count
     flash: Literal["auto", "on", "off"] = "auto"
     speculation: Literal["auto", "off"] = "auto"
+    weights: Literal["auto", "exact", "small"] = "auto"  # the setting, see `backends.base.Weights`
+    ports: Annotated[tuple[Port, ...], msgspec.Meta(max_length=16)] = ()  # Thunderbolt
+    islands: Literal["off", "auto"] = "off"  # the setting: whether it computes layers with others
 
     def has_speed(self, digest: str) -> bool:
         """Whether anything was measured of a model on the backend that would run it."""
@@ -176,6 +211,7 @@ class ModelShape(Value, frozen=True):
     vocabulary: Count = 0  # tokens it knows; 0: not told
     tokenizer: Annotated[str, msgspec.Meta(max_length=128)] = ""  # see models.tokenizers.mark
     kv_types: Annotated[tuple[Name, ...], msgspec.Meta(max_length=16)] = ("f16",)  # it can have
+    fits: Annotated[tuple[Fit, ...], msgspec.Meta(max_length=8)] = ()  # others run it as it is
 
     @property
     def active_bytes(self) -> tuple[int, ...]:

@@ -224,7 +224,8 @@ class Stopwatch:
         try:
             files = self._layers.place(trial, recipe)
             total = self._shape.layers
-            window = Window(trial.first, trial.last, total, self._header, files.files, files.embed)
+            told = self._header, files.files, files.embed, files.places
+            window = Window(trial.first, trial.last, total, *told)
             backend.load(window)
             yield _Run(backend, window, self._ids if window.is_first else self._rows)
         finally:

@@ -239,6 +239,8 @@ def profile(
         kv_type=config.kv_type,
         flash=config.flash,
         speculation=config.speculation,
+        weights=config.weights,
+        islands=config.islands,
         unified_memory=_unified(measured, sys.platform, platform.machine()),
         threads=threads(config),
         cpu_share=share(threads(config), processors()),

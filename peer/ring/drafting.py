@@ -269,7 +269,9 @@ def _load_whole(
     recipe = engine.recipe(header, 0, header.layers)
     with hold(folder), TemporaryDirectory(prefix="window-draft-", dir=folder) as into:
         placed = place(folder, manifest, recipe, 0, header.layers, Path(into))
-        window = Window(0, header.layers, header.layers, header, placed.files, placed.embed)
+        window = Window(
+            0, header.layers, header.layers, header, placed.files, placed.embed, placed.places
+        )
         backend.load(window)
     return window
 

@@ -69,7 +69,9 @@ class Windows:
                 TemporaryDirectory(prefix=f"window-{first}-{last}-", dir=folder) as into,
             ):
                 placed = place(folder, manifest, recipe, first, last, Path(into))
-                window = Window(first, last, header.layers, header, placed.files, placed.embed)
+                window = Window(
+                    first, last, header.layers, header, placed.files, placed.embed, placed.places
+                )
                 used = self._backend.load(window)
             self._windows[index] = window
             weights, kv = weights + used.weights_bytes, kv + used.kv_bytes

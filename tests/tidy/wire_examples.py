@@ -10,7 +10,16 @@ import msgspec
 
 from peer import protocol as p
 from peer.planning.plan import LeftOut, Plan, PlanId, PlanState, PlanWindow, Split, StageLink
-from peer.planning.profile import EngineProfile, Link, ModelOffer, ModelShape, Profile, Speed
+from peer.planning.profile import (
+    EngineProfile,
+    Fit,
+    Link,
+    ModelOffer,
+    ModelShape,
+    Port,
+    Profile,
+    Speed,
+)
 from peer.ring import frames as f
 
 ADA, BOB = "abcdefghijklmnop", "qrstuvwxyz234567"
@@ -69,6 +78,31 @@ STREAMED = PlanState(
         ),
     ),
     phase="loading",
+)  # fmt: skip
+FITTED_SHAPE = msgspec.structs.replace(
+    MEASURED_SHAPE,
+    fits=(
+        Fit(backend="mlx", weights="small", how="approximate", why="Q6_K",
+            layer_bytes=(11, 21, 31), embed_bytes=6, output_bytes=7),
+    ),
+)  # fmt: skip
+CABLED_PROFILE = msgspec.structs.replace(
+    PROFILE, weights="exact", islands="auto",
+    ports=(
+        Port(uuid="A1B2", peer_uuid="C3D4", receptacle="2", interface="en2", bits_per_s=8e10,
+             addresses=("169.254.7.1",), rdma="rdma_en2"),
+    ),
+)  # fmt: skip
+ISLAND = msgspec.structs.replace(
+    STATE,
+    plan=Plan(
+        id=PLAN, coordinator=ADA, shape=FITTED_SHAPE,
+        split=Split(
+            windows=(PlanWindow(peer_id=ADA, first=0, last=3, backend="mlx", island=(BOB,)),),
+            context=1, kv_cells=1, slots=1, batch_tokens=1,
+        ),
+    ),
+    links=(StageLink(peer_id=ADA, ring_port=40002, key=KEY, island_port=40004),),
 )  # fmt: skip
 LEAVING_PROFILE = msgspec.structs.replace(
     PROFILE, leaving=True, unreachable=(BOB,), spare_bytes=5 << 30
@@ -158,6 +192,12 @@ CONTROL: list[p.Control] = [
             ),
         ),
     ),
+    p.Announce(
+        profile=CABLED_PROFILE,
+        models=(ModelOffer(shape=FITTED_SHAPE, pulled_s=1.5e9, parts=("head",)),),
+    ),
+    p.Plans(term=7, states=(ISLAND,)),
+    p.Report(plan=PLAN, phase="ready", island_port=40004),
 ]  # fmt: skip
 
 ANSWERING: list[p.Answering] = [
@@ -181,6 +221,10 @@ PIPE: list[p.Pipe] = [
     p.StageNews(phase="linked", pong=3, blamed=BOB),
     p.StageOrder(plan=FASTER_STATE, peer_id=ADA, folder="/x", threads=4, draft_folder="/y"),
     p.StageNews(phase="linked", timed=TIMED_MORE),
+    p.StageOrder(plan=ISLAND, peer_id=ADA, folder="/x", threads=4, weights="small"),
+    p.StageConnect(next_address="tcp://10.0.0.2:40002", next_key=KEY, previous_key=OTHER_KEY,
+                   island=("tcp://10.0.0.1:40004", "tcp://10.0.0.2:40005")),
+    p.StageNews(phase="ready", island_port=40004),
 ]  # fmt: skip
 
 FAULTS = (f.Fault(slot=1, peer_id=BOB),)

@@ -295,5 +295,5 @@ def test_windows_placed_from_stored_parts_give_the_same_tokens(
         into = tmp_path / f"window-{first}"
         into.mkdir()
         placed = place(folder, manifest, recipe, first, last, into)
-        windows.append(Window(first, last, 12, header, placed.files, placed.embed))
+        windows.append(Window(first, last, 12, header, placed.files, placed.embed, placed.places))
     assert Ring(windows).continue_(1, PROMPT, 20, 16) == truth(model, PROMPT, 20)
