@@ -1,8 +1,9 @@
 """`halka run`: builds every object, owns the one TaskGroup, the signals and the readiness.
 
-Order of life: settings → identity (and the lock on HALKA_HOME) → store → what this machine can do →
-cluster → HTTP → ready. Order of death: new answers are refused while others take over what this
-peer runs (`leaving`), then HTTP ends, then the rest.
+Order of life: settings → identity (and the lock on HALKA_HOME) → HTTP's port, before any socket of
+ours could be given it → store → what this machine can do → cluster → HTTP → ready. Order of death:
+new answers are refused while others take over what this peer runs (`leaving`), then HTTP ends, then
+the rest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
@@ -24,6 +26,7 @@ from msgspec.structs import replace
 
 from peer import VERSION, notify, report
 from peer.agent import Agent
+from peer.api import port
 from peer.api.server import Server
 from peer.api.service import Piece
 from peer.clockwork import Retries
@@ -109,6 +112,14 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        listening = await port.take(self.config.http_host, self.config.http_port, self.stop)
+        if listening is None:
+            return 0  # a signal came first
+        with contextlib.closing(listening):
+            return await self._run(listening)
+
+    async def _run(self, listening: socket.socket) -> int:
+        """All that comes once the port of HTTP is ours."""
         store = await asyncio.to_thread(Store, self.config.home)
         if not (engines := await survey.engines(self.config)):
             self._measuring.failed("engines", time.monotonic())
@@ -123,7 +134,7 @@ class Daemon:
             agent = Agent(self.config, self.identity, store, profile, spawn)
             self.agent = agent
             try:
-                await self._begin(agent)
+                await self._begin(agent, listening)
                 parting = self.parting = Parting(agent, self._may_go)
                 helpers = [
                     spawn(agent.cluster.run(), "cluster"),
@@ -160,11 +171,10 @@ class Daemon:
         if reason != "sleep":
             self.stop.set()
 
-    async def _begin(self, agent: Agent) -> None:
+    async def _begin(self, agent: Agent, listening: socket.socket) -> None:
         await agent.cluster.start()
-        self.server = await Server.start(
-            _Service(agent, self), self.config.http_host, self.config.http_port
-        )
+        host, number = self.config.http_host, self.config.http_port
+        self.server = await Server.start(_Service(agent, self), host, number, listening=listening)
         await asyncio.to_thread(_write, self.config.home / "http", self.http)
         log.info("version=%s api=http://%s/v1 home=%s", VERSION, self.http, self.config.home)
         notify.ready()

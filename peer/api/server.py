@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import ipaddress
 import logging
 import socket
 import traceback
@@ -19,10 +17,11 @@ from peer import VERSION
 from peer.api import guard
 from peer.api.limits import Limits
 from peer.api.openai import OpenAI
+from peer.api.port import listen
 from peer.api.service import Service
 from peer.api.shapes import Problem, json_response, problem_of
 from peer.api.sse import EVENTS, Events
-from peer.errors import ConfigError, HalkaError
+from peer.errors import HalkaError
 
 log = logging.getLogger("halka.api")
 
@@ -59,24 +58,39 @@ class Server:
 
     @classmethod
     async def start(
-        cls, service: Service, host: str, port: int, limits: Limits | None = None
+        cls,
+        service: Service,
+        host: str,
+        port: int,
+        limits: Limits | None = None,
+        *,
+        listening: socket.socket | None = None,
     ) -> Server:
         """Listen on host:port (0: chosen by the system).
 
+        listening: the socket that does so already, by `port.take`; it is the server's from now on.
         Raises: ConfigError, when the address is taken, is not ours or is not a loopback one.
         """
         server = cls(service, limits or Limits())
-        listening = _listen(host, port)
-        await server._runner.setup()
-        assert server._runner.server is not None
         own = socket.gethostname().lower()
         server._names = frozenset({own, f"{own}.local", host.lower()})
-        loop = asyncio.get_running_loop()
-        factory = guard.door(server._runner.server, server._limits)
-        server._listener = await loop.create_server(factory, sock=listening)
-        server.host, server.port = listening.getsockname()[:2]
+        listening = listening or listen(host, port)
+        try:
+            await server._answer_on(listening)
+        except BaseException:
+            listening.close()
+            raise
         log.info("http listening url=%s", server.url)
         return server
+
+    async def _answer_on(self, listening: socket.socket) -> None:
+        """Take connections from now on, and those that wait already."""
+        self.host, self.port = listening.getsockname()[:2]
+        await self._runner.setup()
+        assert self._runner.server is not None
+        factory = guard.door(self._runner.server, self._limits)
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(factory, sock=listening)
 
     @property
     def url(self) -> str:
@@ -195,36 +209,3 @@ def _where(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-6:]
     way = " < ".join(f"{f.filename}:{f.lineno} {f.name}" for f in reversed(frames))
     return f"{type(error).__name__} at {way}"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError."""
-    address = "127.0.0.1" if host == "localhost" else host
-    try:
-        loopback = ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        raise ConfigError(
-            f"HALKA_HTTP={host}:{port}: `{host}` is not an address; use 127.0.0.1:{port}"
-        ) from None
-    if not loopback:
-        raise ConfigError(
-            f"HALKA_HTTP={host}:{port}: HTTP has no key yet, so it listens on this machine only; "
-            f"use 127.0.0.1:{port}"
-        )
-    listening = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.setblocking(False)
-        listening.bind((address, port))
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port {port} is taken by another program. Give halka another one: "
-                f"HALKA_HTTP={address}:{port + 1 if port < 65535 else port - 1}"
-            ) from None
-        raise ConfigError(
-            f"HALKA_HTTP={host}:{port}: cannot listen there: {error.strerror}"
-        ) from None
-    return listening
