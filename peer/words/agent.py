@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import struct
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -26,6 +27,7 @@ ANSWER_S = 10.0  # for a whole JSON answer
 SILENCE_S = 180.0  # between bytes of a stream; > Timing.step_s, so the agent gives up first
 BODY_BYTES_MAX = 16 << 20
 LINE_BYTES_MAX = 1 << 20
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: nothing is left of the connection; else, for a minute
 
 T = TypeVar("T")
 
@@ -146,6 +148,7 @@ class Agent:
                 connection.close()
                 continue
             if _reached_itself(connection):
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                 connection.close()
                 continue
             self._answered = host, port
@@ -234,7 +237,8 @@ def _reachable(host: str, port: int) -> tuple[str, int]:
 
 def _reached_itself(connection: http.client.HTTPConnection) -> bool:
     """Where nobody listens on a port that the system also gives to clients, as 42552, a client may
-    be given that very port, and TCP connects it with itself. It then keeps the agent from it."""
+    be given that very port, and TCP connects it with itself. It then keeps the agent from it, and
+    goes on to for a minute after its end unless that is a reset."""
     sock = connection.sock
     return sock is not None and sock.getsockname() == sock.getpeername()
 

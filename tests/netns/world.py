@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -230,7 +231,10 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(self._timeout_s)
         self.sock.connect((self.host, self.port))
         if self.sock.getsockname() == self.sock.getpeername():
-            self.sock.close()  # nobody listens yet, and TCP connected it with itself
+            # Nobody listens yet, and TCP connected it with itself. It must not hold the port for a
+            # minute after its end, which it would without a reset: the agent could not have it.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.sock.close()
             raise ConnectionRefusedError("nobody listens")
 
 
