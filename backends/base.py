@@ -170,6 +170,21 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Island:
+    """Processes that compute each layer of a window together; this one is of `rank`.
+
+    addresses: host:port where each rank is to be met, in order. devices: RDMA device from rank i to
+    rank j, "" where there is none; () to meet over TCP. step_s: for one call of the backend; what
+    takes longer has hung.
+    """
+
+    rank: int
+    addresses: tuple[str, ...]
+    devices: tuple[tuple[str, ...], ...] = ()
+    step_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What a stage asks of its engine, the same for all of its windows."""
 
@@ -181,6 +196,7 @@ class Settings:
     kv_type: str = "f16"  # GGML type name of the KV cache, lower case: f16 | q8_0
     flash: str = "auto"  # flash attention: auto (the engine's choice) | on | off
     weights: Weights = "auto"
+    island: Island | None = None
 
 
 @dataclass(frozen=True, slots=True)
