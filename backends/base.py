@@ -131,7 +131,7 @@ class Ability:
 
     how: exact (every weight as the file says it) | approximate | no. why: for the last two, in
     words. layer_bytes, embed_bytes, output_bytes: of the weights in memory, where these differ from
-    the file's; () and 0 otherwise.
+    the file's; () and 0 otherwise. ranks: how many processes may compute each layer together.
     """
 
     how: Literal["exact", "approximate", "no"]
@@ -139,6 +139,7 @@ class Ability:
     layer_bytes: tuple[int, ...] = ()
     embed_bytes: int = 0
     output_bytes: int = 0
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

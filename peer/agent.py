@@ -20,6 +20,7 @@ from peer.cluster.identity import Identity
 from peer.config import Config, Timing
 from peer.fetching import Fetching
 from peer.measuring import Measuring
+from peer.meeting import connecting
 from peer.models import transfer
 from peer.models.store import Store
 from peer.planning import duty as d
@@ -35,7 +36,6 @@ from peer.protocol import (
     Outlook,
     Plans,
     Report,
-    StageConnect,
     StageNews,
 )
 from peer.ring.entry import Entry
@@ -190,7 +190,7 @@ class Agent:
         if (model := self.rollout.wanted) is None:
             return ""
         here = (self.profiles.get(peer_id) for peer_id in (self.me, *self.cluster.members))
-        late = {p.name: 0 for p in here if p and p.engines and not measured(p, model.digest)}
+        late = {p.name: 0 for p in here if p and p.engines and not measured(p, model)}
         return f"{', '.join(late)}: measuring how fast {model.model} runs there" if late else ""
 
     async def header(self, shape: ModelShape) -> Path:
@@ -284,12 +284,8 @@ class Agent:
                 self.fetching.begin(plan, parts)
             case d.StartStage(state):
                 self._spawn(self._start(state.plan), f"start of plan {state.plan.id}")
-            case d.ConnectStage(plan_id, link, previous_key):
-                host = self._host_of(link.peer_id)
-                self.supervisor.send(
-                    plan_id,
-                    StageConnect(f"tcp://{host}:{link.ring_port}", link.key, previous_key),
-                )
+            case d.ConnectStage(plan_id):
+                self.supervisor.send(plan_id, connecting(action, self.me, self._host_of))
             case d.StopStage(plan_id):
                 self.fetching.end(plan_id)
                 self.supervisor.stop(plan_id)

@@ -26,6 +26,7 @@ from peer.planning.profile import (
     Seconds,
     Why,
 )
+from peer.stage_messages import Follower as Follower
 from peer.stage_messages import Pipe as Pipe
 from peer.stage_messages import StageAdmit as StageAdmit
 from peer.stage_messages import StageConnect as StageConnect

@@ -25,13 +25,25 @@ class StageOrder(Message, frozen=True, tag="order"):
     weights: Literal["auto", "exact", "small"] = "auto"  # see `backends.base.Weights`
 
 
+class Follower(msgspec.Struct, frozen=True):
+    """Where a stage listens that computes each layer together with this one."""
+
+    address: Address
+    key: Key
+
+
 class StageConnect(Message, frozen=True, tag="connect"):
-    """All stages are ready: where the next one listens, and which keys may speak to this one."""
+    """All stages are ready: where the next one listens, and which keys may speak to this one.
+
+    island: host:port where each rank of this stage's island is to be met, by rank. followers: its
+    other stages, told to the first one.
+    """
 
     next_address: Address
     next_key: Key
     previous_key: Key
-    island: Annotated[tuple[Address, ...], msgspec.Meta(max_length=ISLAND_MAX)] = ()  # by rank
+    island: Annotated[tuple[Address, ...], msgspec.Meta(max_length=ISLAND_MAX)] = ()
+    followers: Annotated[tuple[Follower, ...], msgspec.Meta(max_length=ISLAND_MAX - 1)] = ()
 
 
 class StageAdmit(Message, frozen=True, tag="admit"):

@@ -140,12 +140,12 @@ class Duty:
 
     def _begin(self, state: PlanState) -> list[Action]:
         plan = state.plan
-        mine = self.peer_id in plan.ring
+        mine = self.peer_id in plan.peers
         part = self.parts[plan.id] = Part(state, mine, Report(plan.id, "fetching"))
         if wrong := check(plan):
             part.dead = f"the plan cannot be: {wrong}"
             return self._failed(plan.id, part.dead)
-        for peer_id in plan.ring:
+        for peer_id in plan.peers:
             self._gone.pop(peer_id, None)  # it is back
         wanted = {"head": None}
         for index in plan.windows_of(self.peer_id):
@@ -197,6 +197,7 @@ class Duty:
             active=news.active,
             timed=news.timed,
             blamed=news.blamed[:16],
+            island_port=news.island_port,
         )
         # Counts are told with the next repetition, except the end of the last answer: a plan that
         # drains may go then.
@@ -245,7 +246,7 @@ class Duty:
         """Whether this peer's part of a plan is over without the other one. alive: it is out of
         reach from here only, so what matters is whether this peer itself speaks to it."""
         plan = part.state.plan
-        if peer_id not in plan.ring:
+        if peer_id not in plan.peers:
             return False
         if not part.mine:
             return peer_id == plan.head  # of the others, the coordinator knows better
@@ -253,6 +254,7 @@ class Duty:
             plan.head,
             plan.before(self.peer_id),
             plan.after(self.peer_id),
+            *plan.island_of(self.peer_id),
         )
 
     def _report(self, part: Part, phase: StagePhase, why: str = "") -> Tell:
@@ -271,13 +273,15 @@ class Duty:
             or part.dead
             or part.connected
             or part.report.phase not in ("ready", "linked")
-            or set(links) != set(plan.ring)
+            or set(links) != set(plan.peers)
             or not self._reaches(plan.after(self.peer_id))
+            or not all(self._reaches(peer_id) for peer_id in plan.island_of(self.peer_id))
         ):
             return []
         part.connected = True
         previous = links[plan.before(self.peer_id)]
-        return [ConnectStage(plan.id, links[plan.after(self.peer_id)], previous.key)]
+        island = tuple(links[peer_id] for peer_id in plan.island_of(self.peer_id))
+        return [ConnectStage(plan.id, links[plan.after(self.peer_id)], previous.key, island)]
 
     def _serve(self) -> list[Action]:
         """Follow the newest plan that serves; open it for answers when it changes."""
@@ -286,7 +290,7 @@ class Duty:
             for part in self.parts.values()
             if part.state.phase == "serving"
             and not part.dead
-            and {link.peer_id for link in part.state.links}.issuperset(part.state.plan.ring)
+            and {link.peer_id for link in part.state.links}.issuperset(part.state.plan.peers)
             and self._reaches(part.state.plan.head)
         ]
         chosen = max(candidates, key=lambda part: part.state.plan.id, default=None)
@@ -302,7 +306,7 @@ class Duty:
 
     def _end_of(self, part: Part, plans: Plans) -> str:
         """Why a plan that is no longer listed is over, in words for the one who waits."""
-        for peer_id in part.state.plan.ring:
+        for peer_id in part.state.plan.peers:
             if peer_id in self._gone:
                 return f"peer {peer_id} was lost: {self._gone[peer_id]}"
         if part.state.phase == "draining":

@@ -89,11 +89,13 @@ class StartStage:
 
 @dataclass(frozen=True, slots=True)
 class ConnectStage:
-    """Tell the stage where the next one is, and by which key the previous one comes."""
+    """Tell the stage where the next one is, and by which key the previous one comes. island: the
+    stages that compute each layer together with it, by rank, itself among them."""
 
     plan: PlanId
     next: StageLink
     previous_key: str
+    island: tuple[StageLink, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

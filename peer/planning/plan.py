@@ -36,12 +36,16 @@ class PlanId(Value, frozen=True, order=True):
         return f"{self.term}.{self.number}"
 
 
+RdmaDevice = Annotated[str, msgspec.Meta(max_length=32)]
+
+
 class PlanWindow(Value, frozen=True):
     """Layers [first, last) on one peer, by one backend.
 
     ahead_bytes: of a window that streams, what is read before its turn, into room that others make
     for it by giving up as much; -1: as much as there can be. island: the peers that compute it
-    together with this one, tensor by tensor, in the order of their ranks, from 1 on.
+    together with this one, tensor by tensor, in the order of their ranks, from 1 on; devices: by
+    which they meet, see `backends.base.Island`.
     """
 
     peer_id: PeerId
@@ -53,6 +57,10 @@ class PlanWindow(Value, frozen=True):
     streamed_bytes: Bytes = 0  # its share of the weights that are too many for the peer's memory
     ahead_bytes: Annotated[int, msgspec.Meta(ge=-1, le=1 << 60)] = -1
     island: Annotated[tuple[PeerId, ...], msgspec.Meta(max_length=ISLAND_MAX - 1)] = ()
+    devices: Annotated[
+        tuple[Annotated[tuple[RdmaDevice, ...], msgspec.Meta(max_length=ISLAND_MAX)], ...],
+        msgspec.Meta(max_length=ISLAND_MAX),
+    ] = ()
 
 
 class LeftOut(Value, frozen=True):
@@ -147,21 +155,39 @@ class Plan(Value, frozen=True):
 
     @property
     def ring(self) -> tuple[str, ...]:
-        """Peers in ring order, each once."""
+        """Peers in ring order, each once; of an island only the first."""
         return tuple(dict.fromkeys(window.peer_id for window in self.split.windows))
 
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """All that take part: the ring, then the other peers of its islands."""
+        others = (peer_id for window in self.split.windows for peer_id in window.island)
+        return tuple(dict.fromkeys((*self.ring, *others)))
+
     def windows_of(self, peer_id: str) -> tuple[int, ...]:
-        """Indices of the windows that this peer runs."""
-        return tuple(i for i, w in enumerate(self.split.windows) if w.peer_id == peer_id)
+        """Indices of the windows that this peer runs, alone or with others."""
+        windows = enumerate(self.split.windows)
+        return tuple(i for i, w in windows if peer_id == w.peer_id or peer_id in w.island)
+
+    def island_of(self, peer_id: str) -> tuple[str, ...]:
+        """The peers of its island by rank, itself among them; () where it computes alone."""
+        for window in self.split.windows:
+            if window.island and peer_id in (window.peer_id, *window.island):
+                return (window.peer_id, *window.island)
+        return ()
 
     def after(self, peer_id: str) -> str:
-        """The next peer in the ring (itself where it is alone)."""
+        """The next peer in the ring (itself where it is alone), or the first of its island."""
         ring = self.ring
+        if peer_id not in ring and (island := self.island_of(peer_id)):
+            return island[0]
         return ring[(ring.index(peer_id) + 1) % len(ring)]
 
     def before(self, peer_id: str) -> str:
-        """The peer before it in the ring (itself where it is alone)."""
+        """The peer before it in the ring (itself where it is alone), or the first of its island."""
         ring = self.ring
+        if peer_id not in ring and (island := self.island_of(peer_id)):
+            return island[0]
         return ring[ring.index(peer_id) - 1]
 
 
@@ -189,6 +215,11 @@ def check(plan: Plan) -> str:
     order = [window.peer_id for window in split.windows]
     if order != [ring[i % len(ring)] for i in range(len(order))] or len(order) % len(ring):
         return "its rounds do not visit the peers in one order"
+    others = [peer_id for window in split.windows for peer_id in window.island]
+    if others and (len(set(others)) < len(others) or set(others) & set(ring)):
+        return "a peer of an island has another place in the ring"
+    if others and len(order) > len(ring):
+        return "there are islands in a ring of several rounds"
     if not 1 <= split.slots <= 256 or not 1 <= split.batch_tokens <= 8192:
         return "its slots or batch are out of range"
     if not 1 <= split.context <= split.kv_cells:

@@ -71,7 +71,7 @@ class Rollout:
         self._before: Plan | None = max(served, key=lambda plan: plan.id, default=None)
         self._served = self._before is not None
         # Who else is missing may just not have been seen here yet.
-        gone = set(self._before.ring) - self._members.present if self._before else set()
+        gone = set(self._before.peers) - self._members.present if self._before else set()
         self._haste = bool(self._before and gone == {self._before.coordinator})
         self._patience.begin()
         self._why_none = ""
@@ -147,7 +147,7 @@ class Rollout:
             self._haste = True
         notes = []
         for running in list(self._running.values()):
-            if gone := [p for p in running.plan.ring if p not in members.present]:
+            if gone := [p for p in running.plan.peers if p not in members.present]:
                 notes.append(self._drop(running, f"{self._name(gone[0], before)} was lost"))
         self._hurry()
         return notes if self._decided or self._term is None else notes + self._adopt(now)
@@ -236,7 +236,7 @@ class Rollout:
         if answer.number != self._asked or self._planned is None:
             return []
         plan, known = answer.plan, self._choice.shapes
-        if plan and not (self._members.present.issuperset(plan.ring) and plan.shape in known):
+        if plan and not (self._members.present.issuperset(plan.peers) and plan.shape in known):
             self._seen = self._planned = None  # who is in it, or has it, was lost: think again
             return []
         self._decided, self._known = True, ()
@@ -261,8 +261,8 @@ class Rollout:
         if shape is None or lost:
             return now
         barred = self._failures.barred(shape.digest)
-        able = [p for p in self._members.here if p.engines and p.peer_id not in barred]
-        late = [p.peer_id for p in able if not measured(p, shape.digest)]
+        able = [p for p in self._members.here if p.engine_for(shape) and p.peer_id not in barred]
+        late = [p.peer_id for p in able if not measured(p, shape)]
         until = self._patience.measured_at(late, shape.digest, now)
         return until if len(able) > 1 else now
 
@@ -307,12 +307,12 @@ class Rollout:
 
     def _take_report(self, peer_id: str, report: Report, now: float) -> list[Note]:
         running = self._running.get(report.plan)
-        if running is None or peer_id not in running.plan.ring:
+        if running is None or peer_id not in running.plan.peers:
             return []
         running.take(peer_id, report, now)
         if peer_id == running.plan.head and report.blamed in running.plan.ring:
             return [self._fail(running, report.blamed, NONSENSE, now)]
-        if report.phase == "failed" and report.lost in running.plan.ring:
+        if report.phase == "failed" and report.lost in running.plan.peers:
             self._steadiness.cried(peer_id, report.lost, now)
             lost = self._name(report.lost)
             return [self._drop(running, f"{self._name(peer_id)} does not reach {lost} any more")]
@@ -325,7 +325,7 @@ class Rollout:
             running.enter("serving", now)
             self._served, self._before = True, None
             self._retire(now, running)
-            return [Note(f"plan {running.plan.id} serves on {len(running.plan.ring)} peers")]
+            return [Note(f"plan {running.plan.id} serves on {len(running.plan.peers)} peers")]
         elif running.rests(self._timing, now):
             return [self._drop(running, "its last answer ended", keep_cause=True)]
         return []
@@ -342,14 +342,14 @@ class Rollout:
 
     def _hurry(self) -> None:
         """Answers on plans that drain go over where a peer of the ring wants to go away."""
-        for running in self._running.values():
-            if running.state.phase == "draining" and self._members.leaving & set(running.plan.ring):
-                running.hurry()
+        for of in self._running.values():
+            if of.state.phase == "draining" and self._members.leaving & set(of.plan.peers):
+                of.hurry()
 
     def _fail(self, running: Running, peer_id: str, why: str, now: float) -> Note:
         name = self._name(peer_id)
         if running.state.phase != "draining":
-            digest, ring = running.plan.shape.digest, running.plan.ring
+            digest, ring = running.plan.shape.digest, running.plan.peers
             text = f"the stage on {name} failed: {why}"[:900]
             # What is noticed late costs answers a long pause each time that it is tried.
             least_s = ILL_S if why.startswith(("hung", NONSENSE)) else 0.0

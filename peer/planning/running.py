@@ -40,7 +40,7 @@ class Running:
         """Begin a phase; linking tells where every stage listens."""
         links = self.state.links
         if phase == "linking":
-            links = tuple(_link(p, self.reports[p]) for p in self.plan.ring)
+            links = tuple(_link(p, self.reports[p]) for p in self.plan.peers)
         self.state, self.since = replace(self.state, phase=phase, links=links), now
 
     def hurry(self) -> None:
@@ -66,8 +66,8 @@ class Running:
             self.moved[peer_id] = now
 
     def all_reached(self, *phases: str) -> bool:
-        """Whether every peer of the ring is in one of these phases."""
-        return all(self.reached(peer_id) in phases for peer_id in self.plan.ring)
+        """Whether every peer that takes part is in one of these phases."""
+        return all(self.reached(peer_id) in phases for peer_id in self.plan.peers)
 
     def reached(self, peer_id: str) -> str:
         """The phase that a peer last reported, "" before its first report."""
@@ -79,13 +79,15 @@ class Running:
         has to go on: the time for a stage to load begins again with every bit of progress."""
         match self.state.phase:
             case "loading":
-                for peer_id in self.plan.ring:
+                for peer_id in self.plan.peers:
                     if self.reached(peer_id) not in ("ready", "linked"):
                         yield self.moved.get(peer_id, self.since) + timing.load_s, peer_id
             case "linking":
-                for peer_id in self.plan.ring:
+                islands = len(self.plan.peers) > len(self.plan.ring)  # they load when they met
+                for peer_id in self.plan.peers:
                     if self.reached(peer_id) != "linked":
-                        yield self.since + timing.step_s, peer_id
+                        limit_s = timing.load_s if islands else timing.step_s
+                        yield self.since + limit_s, peer_id
             case "draining":
                 hurries = self.state.hurry and self.rests(timing, math.inf)
                 yield self.since + (HURRY_S if hurries else timing.drain_s), ""
@@ -101,6 +103,8 @@ class Running:
             return "it says that it is ready, and the key that it tells is none"
         if told and peer_id == self.plan.head and not report.submit_port:
             return "it says that it is ready, and not where answers are submitted"
+        if told and self.plan.island_of(peer_id) and not report.island_port:
+            return "it says that it is ready, and not where its island is to meet it"
         if self.state.phase == "loading":
             return ""
         if not told or _link(peer_id, report) not in self.state.links:
@@ -117,8 +121,8 @@ def adoptable(state: PlanState, term: int, present: frozenset[str]) -> bool:
         and plan.id.term <= min(term, NUMBER_MAX)
         and plan.id.number <= NUMBER_MAX
         and not check(plan)
-        and present.issuperset(plan.ring)
-        and tuple(link.peer_id for link in state.links) == plan.ring
+        and present.issuperset(plan.peers)
+        and tuple(link.peer_id for link in state.links) == plan.peers
         and state.links[0].submit_port > 0
     )
 
@@ -127,8 +131,8 @@ def is_same(plan: Plan, shape: ModelShape, split: Split) -> bool:
     """Whether this plan's windows and settings are the split's, for the same model, context and KV
     cache."""
 
-    def windows(of: Split) -> list[tuple[str, int, int, str, int]]:
-        return [(w.peer_id, w.first, w.last, w.backend, w.gpu_layers) for w in of.windows]
+    def windows(of: Split) -> list[object]:
+        return [(w.peer_id, w.island, w.first, w.last, w.backend, w.gpu_layers) for w in of.windows]
 
     def settings(of: Split) -> tuple[str, ...]:
         return of.kv_type, of.flash, of.speculation
@@ -143,4 +147,4 @@ def is_same(plan: Plan, shape: ModelShape, split: Split) -> bool:
 
 
 def _link(peer_id: str, report: Report) -> StageLink:
-    return StageLink(peer_id, report.ring_port, report.key, report.submit_port)
+    return StageLink(peer_id, report.ring_port, report.key, report.submit_port, report.island_port)

@@ -119,12 +119,12 @@ class Sampled(msgspec.Struct, frozen=True, tag_field="f", tag="sampled", omit_de
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A header with its rows and their activations, float32 [rows, hidden]. index: the rows' as it
-    came, to be sent on."""
+    """A header with its rows and their activations, float32 [rows, hidden], or ids, int32 [rows].
+    index: the rows' as it came, to be sent on."""
 
     header: FrameHeader
     batch: Batch
-    x: NDArray[np.float32]
+    x: NDArray[Any]
     index: memoryview
 
 
@@ -148,9 +148,7 @@ def message_bytes_max(plan: Plan) -> int:
     return max(rest, rows * plan.shape.hidden * 4)
 
 
-def encode_frame(
-    header: FrameHeader, index: bytes | memoryview, x: NDArray[np.float32]
-) -> list[Any]:
+def encode_frame(header: FrameHeader, index: bytes | memoryview, x: NDArray[Any]) -> list[Any]:
     """The message's parts."""
     head = _encoder.encode(header)
     rest = (index, head, _LENGTH.pack(len(head)))
@@ -165,8 +163,11 @@ def encode_sampled(sampled: Sampled) -> list[bytes]:
     return [head + _LENGTH.pack(len(head))]
 
 
-def decode(parts: list[memoryview], plan: Plan, vocabulary: int = 0) -> Frame | Sampled:
-    """What came in, checked against the plan. vocabulary: ids below it exist; 0: not known.
+def decode(
+    parts: list[memoryview], plan: Plan, vocabulary: int = 0, *, ids: bool = False
+) -> Frame | Sampled:
+    """What came in, checked against the plan. vocabulary: ids below it exist; 0: not known. ids:
+    this stage computes the first window together with the head, so its rows are ids, int32.
 
     Raises: StalePlan for another plan's frames, ProtocolError for anything that does not fit.
     """
@@ -194,18 +195,23 @@ def decode(parts: list[memoryview], plan: Plan, vocabulary: int = 0) -> Frame | 
     if middle < 0 or (len(parts) == 2 and middle):
         raise ProtocolError("the parts' sizes are not those that the header states")
     data = parts[0] if len(parts) == 2 else last[:middle]
-    return _frame(header, last[middle:begin], data, plan, vocabulary)
+    return _frame(header, last[middle:begin], data, plan, vocabulary, ids)
 
 
 def _frame(
-    header: FrameHeader, index: memoryview, data: memoryview, plan: Plan, vocabulary: int
+    header: FrameHeader,
+    index: memoryview,
+    data: memoryview,
+    plan: Plan,
+    vocabulary: int,
+    ids: bool,
 ) -> Frame:
     split, rows = plan.split, header.rows
     if header.hidden != plan.shape.hidden:
         raise ProtocolError(f"hidden size {header.hidden}, the model's is {plan.shape.hidden}")
-    if rows > split.batch_tokens or not 0 < header.window < len(split.windows):
+    if rows > split.batch_tokens or not (not ids) <= header.window < len(split.windows):
         raise ProtocolError(f"{rows} rows for window {header.window} are outside the plan")
-    if len(data) != rows * header.hidden * 4:
+    if len(data) != rows * (1 if ids else header.hidden) * 4:
         raise ProtocolError("the parts' sizes are not those that the header states")
     slots = np.frombuffer(index, np.int32, rows)
     positions = np.frombuffer(index, np.int32, rows, rows * 4)
@@ -223,8 +229,14 @@ def _frame(
         _check_ops(header.ops, plan)
     _check_faults(header.faults, plan)
     batch = Batch(slots, positions, flags.view(np.bool_))
-    x = np.frombuffer(data, np.float32).reshape(rows, header.hidden)
-    return Frame(header, batch, x, index)
+    if not ids:
+        return Frame(
+            header, batch, np.frombuffer(data, np.float32).reshape(rows, header.hidden), index
+        )
+    tokens = np.frombuffer(data, np.int32)
+    if rows and not (int(tokens.min()) >= 0 and int(tokens.max()) < (vocabulary or 1 << 31)):
+        raise ProtocolError("ids that are not among the model's")
+    return Frame(header, batch, tokens, index)
 
 
 def _check_rows(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import zmq
@@ -47,6 +47,7 @@ class Links:
         self.pull: zmq.Socket[Any] = context.socket(zmq.PULL)
         as_server(self.pull, public, secret, "ring", bytes_max)
         self._push: zmq.Socket[Any] | None = None
+        self.followers: list[zmq.Socket[Any]] = []  # stages that compute the same window, too
         self.watch: Watch | None = None
         self.up = False  # the link to the next stage was there once
         self.give_up_s: float | None = None  # when, on the link to the next stage
@@ -67,6 +68,20 @@ class Links:
         self._push.connect(address)
         self.give_up_s = time.monotonic() + LINK_S
         return self.watch
+
+    def lead(self, followers: Iterable[tuple[str, str]]) -> None:
+        """Link to the stages that are to compute each step together with this one. Their links are
+        not minded: without one of them this stage's engine fails, and says so."""
+        for address, key in followers:
+            socket = self._context.socket(zmq.PUSH)
+            as_client(socket, key.encode(), *self._keys, self._bytes_max)
+            socket.connect(address)
+            self.followers.append(socket)
+
+    def share(self, parts: list[Any]) -> None:
+        """To every follower. A queue that is full means that one has stopped: zmq.Again."""
+        for socket in self.followers:
+            socket.send_multipart(parts, zmq.NOBLOCK, copy=True)
 
     def mind(self) -> bool:
         """Look at the news of the link; whether it is up for the first time."""
@@ -156,6 +171,6 @@ class Links:
         """Close the sockets."""
         if self.watch:
             self.watch.close()
-        for socket in (self.pull, self._push):
+        for socket in (self.pull, self._push, *self.followers):
             if socket:
                 socket.close(0)

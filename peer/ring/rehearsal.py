@@ -51,11 +51,17 @@ class Rehearsal:
             apply=_nothing, rest=_nothing,
         )  # fmt: skip
         links = SimpleNamespace(
-            receive=self._receive, send=_nothing, waited=_nothing, arrived_s=0.0, rested_s=0.0
+            receive=self._receive,
+            send=_nothing,
+            waited=_nothing,
+            arrived_s=0.0,
+            rested_s=0.0,
+            followers=(),
         )
         self._head = Head(plan, 1.0) if plan.head == peer_id else None
         self._steps = Steps(plan, peer_id, cast(Any, windows), cast(Any, links), self._head)
         self._first, self._step = mine[0], 0
+        self._follows_head = self._steps.follows and mine[0] == 0
         one = Batch(np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.bool_))
         self._index, self._x = pack_index(one), np.zeros((1, hidden), np.float32)
 
@@ -64,7 +70,8 @@ class Rehearsal:
         if self._head is None:
             self._step += 1
             header = FrameHeader(self._plan.id, self._step, self._first, 1, self._x.shape[1])
-            self._came = encode_frame(header, self._index, self._x)
+            rows = np.zeros(1, np.int32) if self._follows_head else self._x
+            self._came = encode_frame(header, self._index, rows)
             self._steps.hear()
             return
         if step := self._steps.begun:

@@ -7,6 +7,7 @@ that no second thread runs beside the compute.
 
 from __future__ import annotations
 
+import socket as net
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -69,6 +70,15 @@ def bind(socket: zmq.Socket[Any], interface: str) -> int:
     except zmq.ZMQError:  # no IPv6 here
         socket.setsockopt(zmq.IPV6, 0)
         return socket.bind_to_random_port(f"tcp://{interface}")
+
+
+def free_port(interface: str) -> int:
+    """A TCP port that nobody listens on now, for a library that takes nothing else. Whoever else is
+    given it until then makes that library fail, which says so."""
+    family = net.AF_INET6 if ":" in interface else net.AF_INET
+    with net.socket(family, net.SOCK_STREAM) as probe:
+        probe.bind(("" if interface == "*" else interface.strip("[]"), 0))
+        return int(probe.getsockname()[1])
 
 
 class Watch:

@@ -19,7 +19,7 @@ import msgspec
 import zmq
 
 import backends
-from backends.base import BackendFault
+from backends.base import BackendFault, Island
 from peer.errors import HalkaError
 from peer.protocol import (
     StageAdmit,
@@ -37,7 +37,7 @@ from peer.ring.head import Head
 from peer.ring.links import Links
 from peer.ring.pipe import Pipe
 from peer.ring.rehearsal import Rehearsal
-from peer.ring.sockets import Doorkeeper, bind
+from peer.ring.sockets import Doorkeeper, bind, free_port
 from peer.ring.steps import Steps
 from peer.ring.windows import Windows
 
@@ -83,9 +83,24 @@ class Stage:
     # Beginning ------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Load the windows, open the sockets, tell the agent where they are."""
+        """Load the windows, open the sockets, tell the agent where they are. Of an island, whose
+        engines load together, the windows wait until all of its stages are there."""
         self.tell(force=True)
-        used = self.windows.load(self.folder)
+        island = self.plan.island_of(self.peer_id)
+        if not island:
+            self._load(None)
+        self.news = msgspec.structs.replace(
+            self.news,
+            phase="ready",
+            ring_port=bind(self.links.pull, self.bind),
+            submit_port=bind(self.head.socket, self.bind) if self.head else 0,
+            key=self.public.decode(),
+            island_port=free_port(self.bind) if island else 0,
+        )
+        self.tell(force=True)
+
+    def _load(self, island: Island | None) -> None:
+        used = self.windows.load(self.folder, island)
         if self.head:
             self.head.vocabulary = self.windows.vocabulary
             if not self.windows.rewinds:
@@ -95,18 +110,21 @@ class Stage:
                 self.head.scheduler.drafter = self.drafter
         self.news = msgspec.structs.replace(
             self.news,
-            phase="ready",
-            ring_port=bind(self.links.pull, self.bind),
-            submit_port=bind(self.head.socket, self.bind) if self.head else 0,
-            key=self.public.decode(),
             weights_bytes=used.weights_bytes,
             kv_bytes=used.kv_bytes,
             compute_bytes=used.compute_bytes,
         )
-        self.tell(force=True)
 
     def connect(self, order: StageConnect) -> None:
-        """The ring is complete: link to the next stage."""
+        """The ring is complete: link to the next stage, and to those of this one's island."""
+        if order.island:
+            window = self.plan.split.windows[self.windows.mine[0]]
+            rank = self.plan.island_of(self.peer_id).index(self.peer_id)
+            self._load(Island(rank, order.island, window.devices, self.order.step_s))
+            self.links.lead((each.address, each.key) for each in order.followers)
+        if self.steps.follows:
+            self.door.admit("ring", [order.previous_key])
+            return self.linked()
         if self.alone:
             return self.linked()
         self.door.admit("ring", [order.previous_key])

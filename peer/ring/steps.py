@@ -57,6 +57,9 @@ class Steps:
         self._computed_s = 0.0  # for the step that is under way, in all of this stage's windows
         self._wait_s = 0.0
         self._short = False  # the latest that the head began
+        # A stage that computes its window with another one gets that one's frames, and sends none.
+        self.follows = peer_id not in plan.ring
+        self._ids = self.follows and windows.mine[0] == 0
 
     # In -------------------------------------------------------------------------------------
 
@@ -66,7 +69,7 @@ class Steps:
         self.links.arrived_s = time.monotonic()
         while (parts := self.links.receive()) is not None:
             try:
-                came = decode(parts, self.plan, self.windows.vocabulary)
+                came = decode(parts, self.plan, self.windows.vocabulary, ids=self._ids)
                 if isinstance(came, Frame):
                     return self._frame(came)
                 self._sampled(came)
@@ -107,7 +110,7 @@ class Steps:
         self._waited(header.rows <= SHORT_ROWS)
         x = frame.x
         faults = list(header.faults)
-        bad = unfinite(frame.batch.slots, x)
+        bad = [] if self._ids else unfinite(frame.batch.slots, x)
         if bad or faults:  # the other rows go on; these must not spread
             known = {fault.slot for fault in faults}
             before = self.plan.split.windows[header.window - 1].peer_id
@@ -176,6 +179,9 @@ class Steps:
     ) -> None:
         """Run this stage's window, and the following ones while they are its own; then send."""
         window = header.window
+        if self.links.followers:  # they compute it, too: no layer is ready without them
+            shared = msgspec.structs.replace(header, faults=())
+            self.links.share(encode_frame(shared, pack_index(batch) if index is None else index, x))
         began_s = time.monotonic()
         while True:
             if header.rows:
@@ -183,6 +189,9 @@ class Steps:
             if window == self._last or window + 1 not in self._seen:
                 break
             window += 1
+        if self.follows:
+            self._computed_s += time.monotonic() - began_s
+            return self._rest(header, batch, time.monotonic(), True)
         if window == self._last:
             return self._finish(header, batch, x, faults, began_s)
         if header.rows == 0:

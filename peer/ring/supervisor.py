@@ -53,6 +53,7 @@ class _Stage:
     vitals: Vitals
     step_s: float
     on_gpu: bool
+    computes: tuple[str, ...]  # phases in which it answers at once; an island loads when linking
     draft: str = ""  # folder of the model that drafts in it
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
     news: StageNews | None = None  # as the agent knows them
@@ -116,7 +117,9 @@ class Supervisor:
         log.info("stage=started plan=%s pid=%d", plan, process.pid)
         self.stop(plan)  # one that was begun while this one waited to begin
         on_gpu = _on_gpu(state.plan, peer_id)
-        stage = _Stage(state.plan, process, Vitals(process.pid), step_s, on_gpu, draft_folder)
+        computes = ("linked",) if state.plan.island_of(peer_id) else ("ready", "linked")
+        vitals = Vitals(process.pid)
+        stage = _Stage(state.plan, process, vitals, step_s, on_gpu, computes, draft_folder)
         self._stages[plan] = stage
         stage.tasks = [
             asyncio.create_task(self._watch(stage), name=f"stage of plan {plan}"),
@@ -235,7 +238,7 @@ class Supervisor:
         if news.phase == "failed":
             stage.said = stage.said or news.why  # told with its exit, once
             return
-        if stage.lease is None and news.phase != "loading":
+        if stage.lease is None and news.phase in stage.computes:
             rows_max = stage.plan.split.batch_tokens
             stage.lease = Lease(now, rows_max, stage.step_s, stage.on_gpu, self._bounds)
             stage.loaded.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Backend, BackendFault, Batch, Engine, Footprint, Settings, Window
+from backends.base import (
+    Backend,
+    BackendFault,
+    Batch,
+    Engine,
+    Footprint,
+    Island,
+    Settings,
+    Window,
+)
 from peer.models.manifest import load as load_manifest
 from peer.models.parts import hold, load_header, place
 from peer.planning.plan import Plan
@@ -27,17 +37,16 @@ class Windows:
         self.mine = plan.windows_of(peer_id)
         split = plan.split
         self._engine = engine
-        self._backend: Backend = self._engine.open(
-            Settings(
-                split.slots,
-                split.kv_cells,
-                split.batch_tokens,
-                threads,
-                split.windows[self.mine[0]].gpu_layers,
-                split.kv_type,
-                split.flash,
-            )
+        self._settings = Settings(
+            split.slots,
+            split.kv_cells,
+            split.batch_tokens,
+            threads,
+            split.windows[self.mine[0]].gpu_layers,
+            split.kv_type,
+            split.flash,
         )
+        self._backend: Backend | None = None
         self.vocabulary = 0  # ids below it exist; known once loaded
         self.rewinds = True  # whether a slot can be trimmed to any position; known once loaded
         self._windows: dict[int, Window] = {}
@@ -46,8 +55,9 @@ class Windows:
         self._residence: Residence | None = None  # only where the plan streams
         self._last_run = 0  # the window of this stage whose turn it was last
 
-    def load(self, folder: Path) -> Footprint:
-        """Place the parts of every window and load them."""
+    def load(self, folder: Path, island: Island | None = None) -> Footprint:
+        """Place the parts of every window and load them. island: who computes them together."""
+        backend = self._backend = self._engine.open(replace(self._settings, island=island))
         manifest = load_manifest(folder)
         header = load_header(folder, manifest)
         hidden = header.metadata.get(f"{header.architecture}.embedding_length")
@@ -72,7 +82,7 @@ class Windows:
                 window = Window(
                     first, last, header.layers, header, placed.files, placed.embed, placed.places
                 )
-                used = self._backend.load(window)
+                used = backend.load(window)
             self._windows[index] = window
             weights, kv = weights + used.weights_bytes, kv + used.kv_bytes
             compute += used.compute_bytes  # each window has a context, with buffers of its own
@@ -95,16 +105,21 @@ class Windows:
                 case Open(slot, sampling, history):
                     self._tail.open(slot, sampling, history)
                 case Trim(slot, position):
-                    self._backend.trim(slot, position)
+                    self._ready().trim(slot, position)
                     if position == 0:
                         self._tail.free(slot)
                 case Copy(source, target, length):
-                    self._backend.copy(source, target, length)
+                    self._ready().copy(source, target, length)
 
     def run(self, index: int, batch: Batch, x: NDArray[Any]) -> NDArray[np.float32]:
         """One step through one of the windows; x as in `Backend.run`."""
         self._last_run = index
-        return self._backend.run(self._windows[index], batch, x)
+        return self._ready().run(self._windows[index], batch, x)
+
+    def _ready(self) -> Backend:
+        if self._backend is None:
+            raise BackendFault("a step came before the windows were loaded")
+        return self._backend
 
     def rest(self) -> None:
         """The turn is over and told: time for what a plan that streams does between turns."""
@@ -115,4 +130,5 @@ class Windows:
         """Free the engine's memory."""
         if self._residence:
             self._residence.close()
-        self._backend.close()
+        if self._backend:
+            self._backend.close()

@@ -197,7 +197,7 @@ class Agent(Members, Fetching):
                 self.fetch(plan, parts)
             case d.StartStage(state):
                 self.start_stage(state.plan)
-            case d.ConnectStage(plan_id, link, _):
+            case d.ConnectStage(plan_id, link):
                 if stage := self.stages.get(plan_id):
                     previous = stage.plan.before(self.me)
                     self.home.at(PIPE_S, stage.do, stage.connect, link, previous)

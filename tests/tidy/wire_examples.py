@@ -83,7 +83,7 @@ FITTED_SHAPE = msgspec.structs.replace(
     MEASURED_SHAPE,
     fits=(
         Fit(backend="mlx", weights="small", how="approximate", why="Q6_K",
-            layer_bytes=(11, 21, 31), embed_bytes=6, output_bytes=7),
+            layer_bytes=(11, 21, 31), embed_bytes=6, output_bytes=7, ranks=(2, 4)),
     ),
 )  # fmt: skip
 CABLED_PROFILE = msgspec.structs.replace(
@@ -98,7 +98,8 @@ ISLAND = msgspec.structs.replace(
     plan=Plan(
         id=PLAN, coordinator=ADA, shape=FITTED_SHAPE,
         split=Split(
-            windows=(PlanWindow(peer_id=ADA, first=0, last=3, backend="mlx", island=(BOB,)),),
+            windows=(PlanWindow(peer_id=ADA, first=0, last=3, backend="mlx", island=(BOB,),
+                                devices=(("", "rdma_en2"), ("rdma_en3", ""))),),
             context=1, kv_cells=1, slots=1, batch_tokens=1,
         ),
     ),
@@ -223,7 +224,8 @@ PIPE: list[p.Pipe] = [
     p.StageNews(phase="linked", timed=TIMED_MORE),
     p.StageOrder(plan=ISLAND, peer_id=ADA, folder="/x", threads=4, weights="small"),
     p.StageConnect(next_address="tcp://10.0.0.2:40002", next_key=KEY, previous_key=OTHER_KEY,
-                   island=("tcp://10.0.0.1:40004", "tcp://10.0.0.2:40005")),
+                   island=("10.0.0.1:40004", "10.0.0.2:40005"),
+                followers=(p.Follower(address="tcp://10.0.0.2:40003", key=KEY),)),
     p.StageNews(phase="ready", island_port=40004),
 ]  # fmt: skip
 

@@ -53,6 +53,8 @@ class Links:
         self.arrived_s = self.rested_s = 0.0
         self.came: deque[list[Any]] = deque()
         self.sent: list[list[Any]] = []
+        self.followers: list[Any] = []
+        self.shared: list[list[Any]] = []
         self.waits: list[float] = []
 
     def receive(self) -> list[memoryview] | None:
@@ -60,6 +62,9 @@ class Links:
 
     def send(self, parts: list[Any]) -> None:
         self.sent.append([bytes(part) for part in parts])
+
+    def share(self, parts: list[Any]) -> None:
+        self.shared.append([bytes(part) for part in parts])
 
     def waited(self, seconds: float) -> None:
         self.waits.append(seconds)
