@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from peer.api import port
 from peer.api.server import Server
 from peer.api.service import Piece
 from peer.clockwork import Retries
+from peer.cluster import thunderbolt_shell
 from peer.cluster.identity import Identity
 from peer.config import Config
 from peer.errors import ConfigError, HalkaError, ModelError, NoPlan
@@ -38,7 +39,7 @@ from peer.logs import harmless
 from peer.models.store import Store, Stored
 from peer.planning import survey
 from peer.planning.leaving import Reason
-from peer.planning.profile import ModelOffer, ModelShape
+from peer.planning.profile import ModelOffer, ModelShape, Port
 from peer.protocol import Sampling
 from peer.sleep import Sleep
 
@@ -143,6 +144,7 @@ class Daemon:
                     spawn(agent.plan(), "planner"),
                     spawn(agent.measuring.run(), "measuring"),
                     spawn(agent.sparing.run(), "spare parts"),
+                    spawn(thunderbolt_shell.watch(_ports_of(agent)), "thunderbolt"),
                     spawn(self._watch_store(agent, store), "store"),
                     spawn(self._tell_service_manager(agent), "service manager"),
                 ]
@@ -227,7 +229,7 @@ class Daemon:
         if engines := await survey.engines(self.config):
             profile = await asyncio.to_thread(survey.profile, self.config, agent.me, engines)
             mine = agent.profiles[agent.me]
-            known = {"links": mine.links, "unreachable": mine.unreachable}
+            known = {"links": mine.links, "unreachable": mine.unreachable, "ports": mine.ports}
             profile = replace(profile, leaving=mine.leaving, **known)
             log.info("engines=%s", ",".join(engine.device for engine in engines))
             agent.introduce(profile)
@@ -317,6 +319,11 @@ class _Service:
     def profiles(self) -> Mapping[str, Any]:
         """All that a plan is made of."""
         return report.profiles(self._agent)
+
+
+def _ports_of(agent: Agent) -> Callable[[tuple[Port, ...]], None]:
+    """What puts this Mac's Thunderbolt ports into its profile."""
+    return lambda ports: agent.measuring.change(ports=ports)
 
 
 def _write(path: Path, text: str) -> None:

@@ -43,6 +43,7 @@ PURE = {
     "peer.ring.scheduler", "peer.ring.scheduler_events", "peer.ring.batching", "peer.ring.slots",
     "peer.ring.generation", "peer.ring.lease", "peer.ring.endings",
     "peer.planning.trials", "peer.planning.drafts", "peer.models.tokenizers",
+    "peer.planning.thunderbolt",
 }  # fmt: skip
 PURE_LATER: set[str] = set()
 IMPURE_LIBRARIES = {
