@@ -123,14 +123,14 @@ def _forecast(agent: Agent, shown: PlanState) -> Forecast | None:
     plan = shown.plan
     if split.unusable(plan.shape):
         return None
-    known = [agent.profiles[p] for p in plan.ring if p in agent.profiles]
+    known = [agent.profiles[p] for p in plan.peers if p in agent.profiles]
     found = making.as_it_runs(known, plan)
     return found if found and found.tpot_s + found.ttft_s <= SECONDS_MAX else None
 
 
 def _timed(agent: Agent, shown: PlanState) -> TimedRing:
     """What the stages said; others' come with the coordinator's plans."""
-    reports = {p: _report(agent, p, shown) for p in shown.plan.ring}
+    reports = {p: _report(agent, p, shown) for p in shown.plan.peers}
     timed = {p: told.timed for p, told in reports.items() if told and told.timed}
     head = timed.get(shown.plan.head)
     told = reports.get(shown.plan.head)
@@ -313,6 +313,6 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
         )
     for why in agent.unusable.values():
         yield Problem(f"a model on this disk cannot be run here. {why}", "halka models")
-    if agent.duty.trouble and (shown is None or agent.me not in shown.plan.ring):
+    if agent.duty.trouble and (shown is None or agent.me not in shown.plan.peers):
         trouble = agent.named(agent.duty.trouble)
         yield Problem(f"this peer could not take part: {trouble}", "halka plan")

@@ -81,13 +81,13 @@ def scene(
     report_of: what a peer last said of a plan. stays: the others that are not leaving."""
     held, others = [], []
     for state in states:
-        if peer_id not in state.plan.ring and state.phase != "draining":
+        if peer_id not in state.plan.peers and state.phase != "draining":
             others.append(state)
-        elif peer_id in state.plan.ring and state.phase in ("serving", "draining"):
+        elif peer_id in state.plan.peers and state.phase in ("serving", "draining"):
             held.append(state)
     taking = max(others, key=lambda state: state.plan.id, default=None)
     heads = [report_of(state.plan.head, state.plan.id) for state in held]
-    theirs = [report_of(p, taking.plan.id) for p in taking.plan.ring] if taking else []
+    theirs = [report_of(p, taking.plan.id) for p in taking.plan.peers] if taking else []
     moved = (
         (taking.plan.id, taking.phase, sum(r.done_bytes for r in theirs if r)) if taking else None
     )

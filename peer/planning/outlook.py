@@ -77,7 +77,7 @@ class _Outlook:
 
     def told(self) -> Outlook:
         """The answer."""
-        ring = [peer_id for peer_id in self._plan.ring if peer_id in self._held]
+        ring = [peer_id for peer_id in self._plan.peers if peer_id in self._held]
         fallbacks = {peer_id: self._without(peer_id) for peer_id in ring}
         assigned = self._assigned(fallbacks)
         losses = []
@@ -102,7 +102,7 @@ class _Outlook:
         made = make(question, self._plan.shape)
         if isinstance(made, str):
             return _Fallback({}, made)
-        return _Fallback({p: own_parts(made, p) for p in made.ring})
+        return _Fallback({p: own_parts(made, p) for p in made.peers})
 
     def _question(self, lost: str, rest: frozenset[str]) -> Question:
         of, members, digest = self._of, self._of.members, self._plan.shape.digest
@@ -148,7 +148,7 @@ class _Outlook:
         kv = CONTEXT_LEAST * sum(shape.layer_kv_bytes)
         if sum(rooms) < shape.window_bytes(0, shape.layers) + of.logits_bytes + kv:
             return _Fallback({}, reasons.missing(profiles, shape, of.size, Wishes()))
-        needs = {p: set(own_parts(self._plan, p)) for p in self._plan.ring if p != lost}
+        needs = {p: set(own_parts(self._plan, p)) for p in self._plan.peers if p != lost}
         others = sorted(needs) or [max(of.peers, key=lambda a: (a.memory_bytes, a.peer_id)).peer_id]
         for at, window in enumerate(windows):
             if window.peer_id != lost:
