@@ -346,6 +346,7 @@ class Agent:
                 bind="127.0.0.1" if set(self.config.interfaces) == {"127.0.0.1"} else "*",
                 admitted=self._keys(),
                 draft=self.fetching.draft_of(plan.id),
+                weights=self.config.weights,
             )
         except OSError as error:
             self._duty(d.Exited(plan.id, f"its process could not be started: {error.strerror}"))

@@ -244,7 +244,8 @@ class Daemon:
         if not engines or not await asyncio.to_thread(store.has, digest, "head"):
             return None
         try:
-            self._shapes[digest] = await survey.shape(engines[0].backend, store.folder(digest))
+            backend = survey.teller([engine.backend for engine in engines])
+            self._shapes[digest] = await survey.shape(backend, store.folder(digest))
         except ModelError as error:
             self._measuring.failed(digest, time.monotonic())
             why = f"{stored.manifest.model}: {error}"

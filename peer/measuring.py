@@ -123,18 +123,23 @@ class Measuring:
 
     def _known(self, shape: ModelShape) -> bool:
         due = self._retries.due(shape.digest, time.monotonic())
-        return self.profile.has_speed(shape.digest) or not due
+        mine = self.profile
+        return mine.has_speed(shape) or not due or not mine.engine_for(shape)
 
     async def _learn(self, shape: ModelShape) -> None:
         """From what is kept, else by measuring."""
         began = time.monotonic()
         try:
             folder = await self._host.header(shape)
-            known = self._config, shape, self.profile.engines
+            backend = self.profile.engine_for(shape)
+            engines = [e for e in self.profile.engines if e.backend == backend]
+            known = self._config, shape, engines
             kept = await asyncio.to_thread(self._speeds.find, *known)
             if not kept and self._host.busy():
                 return
-            found = kept or await self._undisturbing(survey.speeds(self._config, folder, shape))
+            found = kept or await self._undisturbing(
+                survey.speeds(self._config, folder, shape, backend)
+            )
             if not found:
                 return  # an answer came: again when it has ended
             if not kept:

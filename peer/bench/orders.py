@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from peer.planning.plan import Plan, PlanWindow
+from peer.planning.profile import Profile
 from peer.protocol import Sampling
 from peer.wire import Message
 
@@ -17,6 +20,7 @@ class Open(Message, frozen=True, tag="open"):
     plan: Plan
     folder: str
     threads: int
+    weights: Literal["auto", "exact", "small"] = "auto"  # see `backends.base.Weights`
 
 
 class Ask(Message, frozen=True, tag="ask"):
@@ -64,11 +68,20 @@ Order = Open | Ask
 Answer = Opened | Took | Failed
 
 
-def whole(plan: Plan, peer_id: str, *, slots: int, kv_cells: int, gpu_layers: int) -> Plan:
-    """The plan with all layers in one window: the same engine, the same settings otherwise."""
+def engine_of(plan: Plan, peer_id: str, profile: Profile | None) -> str:
+    """The backend that runs a peer's windows; of one that has none, what would run the model."""
+    own = [window for window in plan.split.windows if window.peer_id == peer_id]
+    would = profile.engine_for(plan.shape) if profile and not own else ""
+    return would or (own or plan.split.windows)[0].backend
+
+
+def whole(
+    plan: Plan, peer_id: str, *, slots: int, kv_cells: int, gpu_layers: int, backend: str = ""
+) -> Plan:
+    """The plan with all layers in one window, the same settings otherwise. backend: "": the one
+    that runs the peer's own windows."""
     split = plan.split
-    own = [window for window in split.windows if window.peer_id == peer_id]
-    backend = (own or split.windows)[0].backend
+    backend = backend or engine_of(plan, peer_id, None)
     window = PlanWindow(peer_id, 0, plan.shape.layers, backend, gpu_layers=gpu_layers)
     return msgspec.structs.replace(
         plan,

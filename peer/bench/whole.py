@@ -35,7 +35,7 @@ class Whole:
         split, folder = order.plan.split, Path(order.folder)
         engine = backends.load(split.windows[0].backend)
         self._split = split
-        self._windows = Windows(engine, order.plan, order.plan.head, order.threads)
+        self._windows = Windows(engine, order.plan, order.plan.head, order.threads, order.weights)
         used = self._windows.load(folder)
         self._vocabulary = engine.vocabulary(folder / "head.gguf")
         self.opened = Opened(used.weights_bytes, used.kv_bytes, used.compute_bytes)

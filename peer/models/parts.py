@@ -30,7 +30,7 @@ from peer.models.manifest import (
     load,
     part_header,
 )
-from peer.planning.profile import ModelShape
+from peer.planning.profile import Fit, ModelShape
 
 __all__ = [
     "Placed",
@@ -248,9 +248,10 @@ def shape_of(
     cuts: Callable[[Header], Cuts],
     kv_bytes_per_cell: Callable[[Header], Sequence[int]],
     kv_types: Callable[[Header], Sequence[str]] = lambda _: ("f16",),
+    fits: Callable[[Header], Sequence[Fit]] = lambda _: (),
 ) -> ModelShape:
     """What a planner must know of a stored model; cuts, KV sizes (of f16) and types as an engine
-    answers them.
+    answers them; fits as those do that do not run every model.
 
     Needs head.gguf and the manifest only. Raises ModelError.
     """
@@ -278,4 +279,5 @@ def shape_of(
         vocabulary=vocabulary(manifest),
         tokenizer=tokenizers.mark(header.metadata),
         kv_types=tuple(kv_types(header)),
+        fits=tuple(fits(header)),
     )

@@ -2,15 +2,22 @@
 
 Decoding reads every active weight once for a token, so a layer's time is what was measured for its
 kind, and grows with the KV cache that is read beside it. What was not measured is guessed, low.
+
+Engines differ. llama.cpp maps the files: weights weigh what they weigh there, what does not fit is
+read again, and a window's last layers can be on a GPU, the others on the processor. MLX has copies
+of its own, repacked (`ModelShape.fits`): nothing is read again, and a window is all in one place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from peer.planning.kv import plain
 from peer.planning.pipeline import Curve, curve
 from peer.planning.profile import ModelShape, Profile, Speed
 
@@ -19,6 +26,7 @@ from peer.planning.profile import ModelShape, Profile, Speed
 KV_FACTOR = 2.7
 FILL_TOKENS = 256  # of the KV cache that a decode step reads: in the middle of a short answer
 GPU_HEADROOM_BYTES = 512 << 20  # a driver's own, and the desktop's next window
+REPACKS = ("mlx",)  # backends that keep weights of their own, and KV cells of f16, in one place
 OWN_MEMORY = ("cuda", "rocm", "hip", "vulkan")  # kinds of GPUs that do not use the machine's
 
 # What is usual for a processor that was not measured: bytes of weights read a second when decoding,
@@ -34,11 +42,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is kept for answers, in tokens; batch_tokens: rows of the longest step."""
+    """How much is kept for answers, in tokens; batch_tokens: rows of the longest step; kv_type: of
+    the KV cache that the shape tells of."""
 
     context: int
     kv_cells: int
     batch_tokens: int
+    kv_type: str = "f16"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +73,8 @@ class Pace:
 @dataclass(frozen=True, slots=True, eq=False)
 class Able:
     """What a peer that could take part has. ram_bytes: of the machine, for its stage; gpu: None
-    where there is none, gpu_bytes what it may hold (unified: out of ram_bytes)."""
+    where there is none, gpu_bytes what it may hold (unified: out of ram_bytes). held: the model
+    with weights and KV cells as its engine keeps them in memory; repacks: it is not mapped."""
 
     profile: Profile
     backend: str
@@ -72,6 +83,8 @@ class Able:
     ram_bytes: int
     gpu_bytes: int
     unified: bool
+    held: ModelShape
+    repacks: bool = False
 
     @property
     def peer_id(self) -> str:
@@ -86,42 +99,84 @@ class Able:
     @property
     def disk_bytes_per_s(self) -> float:
         """Of its profile; 0: it cannot stream."""
-        return self.profile.disk_read_bytes_per_s
+        return 0.0 if self.repacks else self.profile.disk_read_bytes_per_s
+
+    @property
+    def whole(self) -> bool:
+        """Whether all layers of a window are on the GPU, or none may be."""
+        return self.repacks and self.gpu is not None
+
+    @property
+    def head_bytes(self) -> int:
+        """What the first window needs besides its layers. (An embedding that is mapped is read only
+        where the rows of a step's tokens lie.)"""
+        return self.held.embed_bytes if self.repacks else 0
+
+    @property
+    def tail_bytes(self) -> int:
+        """What the last window needs besides its layers and logits."""
+        return self.held.output_bytes + (self.held.embed_bytes if self.held.tied else 0)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What head_bytes and tail_bytes both count, where one window is both."""
+        return self.head_bytes if self.held.tied else 0
 
 
-def able(profile: Profile, shape: ModelShape, size: Size) -> Able:
-    """What a peer with an engine has for a model."""
-    backend = profile.engines[0].backend
+def able(profile: Profile, shape: ModelShape, size: Size, backend: str = "") -> Able | None:
+    """What a peer has for a model, None where it cannot run it. backend: that is to run it; "": the
+    one that would."""
+    backend = backend or profile.engine_for(shape)
+    if backend not in profile.backends:
+        return None
     devices = [e for e in profile.engines if e.backend == backend]
     gpus = [e for e in devices if e.kind != "cpu" and e.memory_free_bytes]
     own = [e for e in gpus if e.kind in OWN_MEMORY and not profile.unified_memory]
     chosen = own or gpus
     free = sum(max(0, e.memory_free_bytes - GPU_HEADROOM_BYTES * bool(own)) for e in chosen)
     unified = bool(chosen) and not own
+    held, repacks = shape.in_memory(backend, profile.weights), backend in REPACKS
+    if repacks:
+        held = replace(held, layer_kv_bytes=plain(shape.layer_kv_bytes, size.kv_type))
     return Able(
         profile=profile,
         backend=backend,
-        cpu=_pace(profile, shape, size, backend, "cpu"),
-        gpu=_pace(profile, shape, size, backend, chosen[0].kind) if chosen else None,
+        cpu=_pace(profile, shape, held, size, backend, "cpu"),
+        gpu=_pace(profile, shape, held, size, backend, chosen[0].kind) if chosen else None,
         ram_bytes=profile.memory_available_bytes,
         gpu_bytes=min(free, profile.memory_available_bytes) if unified else free,
         unified=unified,
+        held=held,
+        repacks=repacks,
     )
 
 
-def _pace(profile: Profile, shape: ModelShape, size: Size, backend: str, kind: str) -> Pace:
-    """As it was measured, else as is usual."""
+def mapping(profiles: Sequence[Profile], shape: ModelShape) -> list[Profile]:
+    """The same peers, without the engines that repack wherever another one can run the model."""
+    out = []
+    for profile in profiles:
+        others = tuple(e for e in profile.engines if e.backend not in REPACKS)
+        fewer = replace(profile, engines=others)
+        changes = profile.engine_for(shape) in REPACKS and fewer.engine_for(shape)
+        out.append(fewer if changes else profile)
+    return out
+
+
+def _pace(
+    profile: Profile, shape: ModelShape, held: ModelShape, size: Size, backend: str, kind: str
+) -> Pace:
+    """As it was measured, else as is usual. held: of Able; what it reads is of that size."""
     speed = profile.speed(shape.digest, backend, kind)
-    active = np.array(shape.active_bytes, np.float64)
+    active = np.array(held.active_bytes, np.float64)
     if speed is not None and speed.decode_s and speed.prefill_s and speed.prefill_tokens:
-        return _measured(speed, shape, size, active)
+        return _measured(speed, held, size, active)
     rate = USUAL_BYTES_PER_S.get(kind, USUAL_BYTES_PER_S["cpu"])
     operations = USUAL_OPERATIONS_PER_S.get(kind, USUAL_OPERATIONS_PER_S["cpu"])
-    kv = _cache(shape, kind)
-    row = 2 * _WEIGHTS_PER_BYTE / operations  # of a byte of weights
+    kv = _cache(held, kind)
+    row = 2 * _WEIGHTS_PER_BYTE / operations  # of a byte of weights in the file
     by = curve(kind, _LONG_ROWS, 1 / rate / row)
-    output = shape.output_bytes or shape.embed_bytes
-    chunk = active * row * by.took(size.batch_tokens)
+    output = held.output_bytes or held.embed_bytes
+    chunk = np.array(shape.active_bytes, np.float64) * row * by.took(size.batch_tokens)
     return Pace((active + kv) / rate, chunk, 1e-4, output / rate, False, by, size.batch_tokens)
 
 

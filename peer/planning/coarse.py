@@ -12,6 +12,7 @@ import numpy as np
 
 from peer.planning.costs import UNREACHED_S, Problem
 from peer.planning.cuts import Cuts, Needs, nearest
+from peer.planning.profile import ModelShape
 from peer.planning.rings import Ring, made
 
 _WINDOWS_MAX = 1_200_000  # of all peers that are looked at: some 0.3 GiB of tables
@@ -28,24 +29,33 @@ def in_proportion(of: Problem, everyone: bool) -> Ring | None:
     everyone: a peer is left out only where it cannot be given a layer. Peers stay in their order,
     those with most memory first: the ends need more than the middle.
     """
-    shape = of.shape
-    rooms = [able.gpu_bytes if able.gpu and not able.unified else able.ram_bytes
+    rooms = [able.gpu_bytes if able.gpu and (able.whole or not able.unified) else able.ram_bytes
              for able in of.peers]  # fmt: skip
     order = sorted(range(len(rooms)), key=lambda i: (-rooms[i], i))
     order = _together(of, order)
-    needs = Needs(
-        Cuts(shape),
-        np.array(shape.layer_bytes, np.int64)
-        + of.size.kv_cells * np.array(shape.layer_kv_bytes, np.int64),
-        compute=of.compute_bytes,
-        embed=shape.embed_bytes,
-        tail=shape.output_bytes + of.logits_bytes,
-        tied=shape.embed_bytes if shape.tied else 0,
-    )
-    edges = nearest(needs, [rooms[i] for i in order], everyone)
+    cuts = Cuts(of.shape)
+    needs: dict[int, Needs] = {}
+    for able in of.peers:
+        if id(able.held) not in needs:
+            needs[id(able.held)] = _needs(of, able.held, cuts)
+    each = [needs[id(of.peers[i].held)] for i in order]
+    edges = nearest(each, [rooms[i] for i in order], everyone) if each else []
     steps = [(i, a, b) for i, (a, b) in zip(order, edges, strict=False) if a < b]
-    layers = [shape.layers if of.peers[i].gpu else 0 for i, _, _ in steps]
+    layers = [of.shape.layers if of.peers[i].gpu else 0 for i, _, _ in steps]
     return made(of, steps, 1, layers) if steps else None
+
+
+def _needs(of: Problem, held: ModelShape, cuts: Cuts) -> Needs:
+    """held: the model as some peers keep it in memory."""
+    return Needs(
+        cuts,
+        np.array(held.layer_bytes, np.int64)
+        + of.size.kv_cells * np.array(held.layer_kv_bytes, np.int64),
+        compute=of.compute_bytes,
+        embed=held.embed_bytes,
+        tail=held.output_bytes + of.logits_bytes,
+        tied=held.embed_bytes if held.tied else 0,
+    )
 
 
 def _together(of: Problem, order: Sequence[int]) -> list[int]:

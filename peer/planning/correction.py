@@ -7,8 +7,6 @@ import math
 from msgspec.structs import replace
 
 from peer.planning import costs
-from peer.planning.costs import Size
-from peer.planning.kv import sized
 from peer.planning.plan import Plan
 from peer.planning.profile import Profile
 from peer.planning.trust import CORRECTION
@@ -62,14 +60,13 @@ def corrected(profile: Profile, plan: Plan, timed: Timed) -> Profile | None:
     takes up to 1 / share of its time. Both are forecast besides, and no reason to correct.
     """
     split = plan.split
-    shape = sized(plan.shape, split.kv_type)
-    of = costs.problem([profile], shape, Size(split.context, split.kv_cells, split.batch_tokens))
+    of = costs.of_split([profile], plan.shape, split)
     mine = [w for w in split.windows if w.peer_id == profile.peer_id]
     if not timed.decode_s or not mine or not of.peers:
         return None
     if any(window.streamed_bytes for window in mine):
         return None
-    layers = mine[0].gpu_layers if mine[0].gpu_layers >= 0 else shape.layers
+    layers = mine[0].gpu_layers if mine[0].gpu_layers >= 0 else plan.shape.layers
     windows = [(w.first, w.last) for w in mine]
     expected_s = costs.busy_s(of, of.peers[0], windows, layers)
     if expected_s <= 0:
@@ -81,7 +78,7 @@ def corrected(profile: Profile, plan: Plan, timed: Timed) -> Profile | None:
     backend, (low, high) = of.peers[0].backend, CORRECTION
     speeds = tuple(
         replace(s, correction=min(high, max(low, (s.correction or 1.0) * factor)))
-        if (s.digest, s.backend) == (shape.digest, backend)
+        if (s.digest, s.backend) == (plan.shape.digest, backend)
         else s
         for s in profile.speeds
     )

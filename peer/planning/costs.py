@@ -131,16 +131,17 @@ def part(
 ) -> Part | None:
     """What [first, last) of every round would take with so many of each window's last layers on the
     GPU; None where the peer cannot hold it."""
-    shape, cells = of.shape, of.size.kv_cells
-    gpu_layers = gpu_layers if able.gpu else 0
-    tail = windows[-1][1] == shape.layers
+    shape, cells = able.held, of.size.kv_cells
+    gpu_layers = _on_gpu(able, windows, gpu_layers)
+    head, tail = windows[0][0] == 0, windows[-1][1] == shape.layers
     cpu, gpu = _placed(windows, gpu_layers)
     scratch = len(windows) * of.compute_bytes
     weights = sum(shape.layer_bytes[i] for i in cpu)
     ram = weights + cells * sum(shape.layer_kv_bytes[i] for i in cpu) + scratch
-    ram += of.tail_bytes * (tail and not gpu)
+    ends = of.end_bytes(able, head, tail)
+    ram += 0 if gpu else ends
     vram = sum(shape.layer_bytes[i] + cells * shape.layer_kv_bytes[i] for i in gpu)
-    vram += (scratch + of.tail_bytes * tail) if gpu else 0
+    vram += scratch + ends if gpu else 0
     if able.unified:
         ram += vram - (scratch if gpu else 0)
     streamed = max(0, ram - able.ram_bytes)
@@ -149,7 +150,7 @@ def part(
     if streamed and not able.disk_bytes_per_s:
         return None
     spent = _times(able, cpu, gpu, len(windows), tail)
-    head, whole = windows[0][0] == 0, len(cpu) + len(gpu) == shape.layers
+    whole = len(cpu) + len(gpu) == shape.layers
     head_s, hops_cpu_s = HEAD_S * head, HOP_CPU_S * len(windows) * (not whole)
     rate = able.disk_bytes_per_s or 1.0
     return Part(
@@ -168,6 +169,13 @@ def part(
         streamed_bytes=streamed,
         gpu_layers=gpu_layers,
     )
+
+
+def _on_gpu(able: Able, windows: Sequence[tuple[int, int]], gpu_layers: int) -> int:
+    """Of so many that are wanted there."""
+    if able.whole:
+        return max(b - a for a, b in windows)
+    return gpu_layers if able.gpu else 0
 
 
 def _placed(windows: Sequence[tuple[int, int]], gpu_layers: int) -> tuple[list[int], list[int]]:
@@ -215,8 +223,7 @@ def _times(able: Able, cpu: list[int], gpu: list[int], windows: int, tail: bool)
 
 def busy_s(of: Problem, able: Able, windows: Sequence[tuple[int, int]], gpu_layers: int) -> float:
     """Seconds that a stage computes for a token, whether its windows fit or not."""
-    gpu_layers = gpu_layers if able.gpu else 0
-    cpu, gpu = _placed(windows, gpu_layers)
+    cpu, gpu = _placed(windows, _on_gpu(able, windows, gpu_layers))
     return _times(able, cpu, gpu, len(windows), windows[-1][1] == of.shape.layers).busy_s
 
 
@@ -367,11 +374,17 @@ def _ways(of: Problem, order: Sequence[int], rounds: int) -> Ways:
     )
 
 
+def of_split(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Problem:
+    """What these peers could do with the model in a split's size, and with its engines."""
+    size = Size(split.context, split.kv_cells, split.batch_tokens, split.kv_type)
+    backends = {window.peer_id: window.backend for window in split.windows}
+    return problem(profiles, sized(shape, split.kv_type), size, backends)
+
+
 def forecast(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Forecast | None:
-    """What a split would do with these profiles; None where one of its peers is not among them, or
-    cannot hold its windows."""
-    shape = sized(shape, split.kv_type)
-    of = problem(profiles, shape, Size(split.context, split.kv_cells, split.batch_tokens))
+    """What a split would do with these profiles; None where one of its peers is not among them, has
+    its engine no more, or cannot hold its windows."""
+    of = of_split(profiles, shape, split)
     index = {able.peer_id: i for i, able in enumerate(of.peers)}
     ring = list(dict.fromkeys(w.peer_id for w in split.windows))
     if not all(peer_id in index for peer_id in ring):

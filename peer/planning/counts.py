@@ -99,7 +99,8 @@ def _peer(model: _Model, of: Problem, index: int, rounds: int, must: bool, token
     used = model.column(float(must), 1, True)
     tail = model.column(0, 1, True)
     tail_gpu, gpu_used = (model.column(0, float(able.gpu is not None), True) for _ in range(2))
-    cpu, gpu = model.column(0, width, True), model.column(0, gpu_most, True)
+    cpu_most = 0.0 if able.whole else float(width)
+    cpu, gpu = model.column(0, cpu_most, True), model.column(0, gpu_most, True)
     read = model.column(0, highspy.kHighsInf if able.disk_bytes_per_s else 0.0)
     waits = model.column(0, highspy.kHighsInf)
     pace, fast = able.cpu, able.gpu or able.cpu
@@ -129,10 +130,10 @@ def _peer(model: _Model, of: Problem, index: int, rounds: int, must: bool, token
 
 def _memory(model: _Model, of: Problem, able: Able, peer: _Peer, rounds: int) -> None:
     """What is read for each token makes up for what the processor's memory lacks."""
-    shape = of.shape
-    weights, kept = _MIB * rounds * _mean(shape.layer_bytes), _MIB * rounds * of.size.kv_cells
-    layer = weights + kept * _mean(shape.layer_kv_bytes)
-    scratch, tail = _MIB * rounds * of.compute_bytes, _MIB * of.tail_bytes
+    held = able.held
+    weights, kept = _MIB * rounds * _mean(held.layer_bytes), _MIB * rounds * of.size.kv_cells
+    layer = weights + kept * _mean(held.layer_kv_bytes)
+    scratch, tail = _MIB * rounds * of.compute_bytes, _MIB * of.end_bytes(able, False, True)
     ram = {peer.cpu: layer, peer.used: scratch, peer.tail: tail, peer.read: -1.0}
     if able.unified:
         ram[peer.gpu] = layer
@@ -157,7 +158,7 @@ def _disk(model: _Model, of: Problem, able: Able, peer: _Peer, rounds: int, toke
     hidden = {column: again * weight for column, weight in peer.busy_ms.items()}
     hidden |= {peer.read: rounds * each_ms, token: -float(again), peer.waits: -1.0}
     model.at_most(hidden, 0.0)
-    weights = _MIB * rounds * _mean(of.shape.layer_bytes)
+    weights = _MIB * rounds * _mean(able.held.layer_bytes)
     room = {peer.read: rounds * each_ms, peer.cpu: -again * each_ms * weights, peer.waits: -1.0}
     model.at_most(room, 0.0)
 

@@ -163,20 +163,23 @@ def reaches(needs: Needs, memories: Sequence[int], may_skip: bool) -> bool:
     return bool(reached[-1])
 
 
-def nearest(needs: Needs, memories: Sequence[int], want_all: bool) -> list[tuple[int, int]]:
-    """The window [a, b) of each peer in ring order, (a, a) for none; [] where nothing fits.
+def nearest(
+    needs: Sequence[Needs], memories: Sequence[int], want_all: bool
+) -> list[tuple[int, int]]:
+    """The window [a, b) of each peer in ring order, (a, a) for none; [] where nothing fits. needs,
+    memories: one a peer.
 
     A dynamic programme over (peers so far, layers so far): the least sum of squared distances
     between what a peer gets and its share, so that allowed cuts nearest to the shares are taken.
     want_all: a peer without a window costs more than any distance.
     """
-    n, total = needs.cuts.layers, sum(memories) or 1
+    n, total = needs[0].cuts.layers, sum(memories) or 1
     best = np.full(n + 1, np.inf)
     best[0] = 0.0
     steps = []
-    for memory_bytes in memories:
+    for of_peer, memory_bytes in zip(needs, memories, strict=True):
         share = n * memory_bytes / total
-        fits = needs.fits(memory_bytes)
+        fits = of_peer.fits(memory_bytes)
         best, begins = fits.nearest(best, share, _ABSENT if want_all else 0.0)
         steps.append(begins)
     if not np.isfinite(best[n]):

@@ -13,11 +13,10 @@ from msgspec.structs import replace
 
 from peer.models import tokenizers
 from peer.planning import costs, reasons
-from peer.planning.abilities import able
 from peer.planning.choice import choose
 from peer.planning.costs import Size
 from peer.planning.plan import Split
-from peer.planning.profile import ModelOffer, ModelShape, Profile
+from peer.planning.profile import PLAIN_ENGINE, ModelOffer, ModelShape, Profile
 
 SLOTS = 4  # answers that it follows at once; of more, those that were guessed for last
 CELLS_MAX = 8192  # tokens of KV cache, for all of them
@@ -122,7 +121,7 @@ def _refusal(
     held = next((o for o in offers.get(head_id, ()) if o.shape.digest == draft.digest), None)
     if lost and (held is None or len(held.parts) < len(draft.window_parts(0, draft.layers))):
         return f"{draft.model} drafts once {head.name} has it: answers do not wait for that"
-    free, needed = _free_bytes(split, shape, profiles, head), _bytes(draft, split)
+    free, needed = _free_bytes(split, shape, profiles, head), _bytes(draft, split, head)
     if needed > free:
         return (
             f"{draft.model} does not draft: it needs {reasons.mib(needed)}, and {head.name}, the "
@@ -131,11 +130,14 @@ def _refusal(
     return ""
 
 
-def _bytes(draft: ModelShape, split: Split) -> int:
-    """What the whole model takes in memory: weights, KV cache, scratch."""
+def _bytes(draft: ModelShape, split: Split, head: Profile) -> int:
+    """What the whole model takes in the head's memory: weights, KV cache, scratch. On the stage's
+    own engine, or the plain one where that cannot run it."""
     room = cells(split.kv_cells, draft.context)
     size = Size(room, room, BATCH_TOKENS)
-    weights = draft.head_bytes + draft.window_bytes(0, draft.layers)
+    backend = draft.runner((split.windows[0].backend, PLAIN_ENGINE), head.weights)
+    held = draft.in_memory(backend, head.weights)
+    weights = draft.head_bytes + held.window_bytes(0, draft.layers)
     scratch = costs.compute_bytes(draft, size) + costs.logits_bytes(draft, size)
     return weights + room * sum(draft.layer_kv_bytes) + scratch
 
@@ -149,8 +151,7 @@ def _free_bytes(split: Split, shape: ModelShape, profiles: Sequence[Profile], he
     )
     if part is None or part.streamed_bytes:
         return 0
-    size = Size(split.context, split.kv_cells, split.batch_tokens)
-    has = able(head, shape, size)
+    has = costs.of_split([head], shape, split).peers[0]
     if split.windows[0].gpu_layers and has.gpu:
         left = has.gpu_bytes - part.gpu_bytes
         return max(0, min(left, has.ram_bytes - part.memory_bytes) if has.unified else left)

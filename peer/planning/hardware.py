@@ -16,7 +16,7 @@ import psutil
 from peer.planning import gpus
 from peer.planning.profile import EngineProfile
 
-_PACKAGES = {"llama_cpp": "llama-cpp-python", "mlx": "mlx"}  # else our own
+_PACKAGES = {"llama_cpp": ("llama-cpp-python",), "mlx": ("mlx", "mlx-lm")}  # else our own
 _ASK_S = 5.0
 
 
@@ -45,9 +45,9 @@ def machine(engines: Sequence[EngineProfile], threads: int) -> Machine:
 
 
 def version(backend: str) -> str:
-    """The release of a backend's library, "" where it is not installed."""
+    """The releases of a backend's libraries, "" where one is not installed."""
     try:
-        return metadata.version(_PACKAGES.get(backend, "halka"))
+        return " ".join(map(metadata.version, _PACKAGES.get(backend, ("halka",))))
     except metadata.PackageNotFoundError:
         return ""
 

@@ -22,6 +22,13 @@ def sized(shape: ModelShape, kv_type: str) -> ModelShape:
     return replace(shape, layer_kv_bytes=cells)
 
 
+def plain(layer_kv_bytes: tuple[int, ...], kv_type: str) -> tuple[int, ...]:
+    """What a cache of this type would take as one of f16."""
+    if kv_type == "f16":
+        return layer_kv_bytes
+    return tuple(-(-size * _BYTES["f16"] // _BYTES[kv_type]) for size in layer_kv_bytes)
+
+
 def possible(shape: ModelShape, wanted: KvType, flash: Flash) -> tuple[KvType, str]:
     """(the type that the cache gets, why it is not the one that is wanted)."""
     if wanted == "f16":

@@ -76,9 +76,10 @@ class Members:
         return {p: offers for p, offers in self.offers.items() if p in self.present}
 
 
-def measured(profile: Profile, digest: str) -> bool:
-    """Whether a peer knows how fast its engines run a model, or that it cannot be known."""
-    return digest in profile.unmeasured or profile.has_speed(digest)
+def measured(profile: Profile, shape: ModelShape) -> bool:
+    """Whether a peer knows how fast its engine runs a model, or that it cannot be known."""
+    cannot = shape.digest in profile.unmeasured or not profile.engine_for(shape)
+    return cannot or profile.has_speed(shape)
 
 
 def pace(profile: Profile, digest: str) -> object:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -23,8 +24,9 @@ from peer.models import disk as files
 from peer.models.kinds import layer_families
 from peer.models.manifest import load
 from peer.models.parts import load_header, shape_of
-from peer.planning import disk
-from peer.planning.profile import EngineProfile, ModelShape, Speed
+from peer.planning import disk, fits
+from peer.planning.abilities import REPACKS
+from peer.planning.profile import PLAIN_ENGINE, EngineProfile, ModelShape, Speed
 from peer.planning.random_layers import RandomLayers
 from peer.planning.stopwatch import Stopwatch, Terms
 
@@ -41,6 +43,7 @@ class SpeedOrder(msgspec.Struct, frozen=True):
     threads: int
     cpu_share: float
     memory_bytes: int
+    weights: Literal["auto", "exact", "small"] = "auto"  # see `backends.base.Weights`
 
 
 class MeasureOrder(msgspec.Struct, frozen=True):
@@ -69,7 +72,7 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 def measure(order: MeasureOrder) -> Measured:
-    """Ask every backend for its processors, and the first one that opens for everything else."""
+    """Ask every backend for its processors, and the first one that opens for speeds."""
     faults: dict[str, str] = {}
     opened: list[tuple[Engine, list[Device]]] = []
     for name in order.backends:
@@ -82,11 +85,8 @@ def measure(order: MeasureOrder) -> Measured:
             faults[name] = f"the backend {name} does not start: {error}"
     shapes: dict[str, ModelShape] = {}
     for folder in order.folders if opened else ():
-        engine = opened[0][0]
         try:
-            shapes[folder] = shape_of(
-                Path(folder), engine.cuts, engine.kv_bytes_per_cell, engine.kv_types
-            )
+            shapes[folder] = _shape(Path(folder), [engine for engine, _ in opened])
         except (HalkaError, BackendFault, OSError) as error:
             faults[folder] = str(error)
     return Measured(
@@ -96,6 +96,16 @@ def measure(order: MeasureOrder) -> Measured:
         _speeds(*opened[0], order.speed, faults) if opened and order.speed else (),
         disk.read_bytes_per_s(Path(order.home)) if order.home else 0.0,
     )
+
+
+def _shape(folder: Path, engines: Sequence[Engine]) -> ModelShape:
+    """What a planner must know of a model: of every peer, so that all of them tell the same.
+    llama.cpp's rules speak of cuts and KV sizes wherever real engines run; no library is needed for
+    that. Raises HalkaError, BackendFault, OSError."""
+    names = [engine.name for engine in engines]
+    rules = backends.load(PLAIN_ENGINE) if {PLAIN_ENGINE, *fits.ASKED} & {*names} else engines[0]
+    told = rules.cuts, rules.kv_bytes_per_cell, rules.kv_types
+    return shape_of(folder, *told, lambda header: fits.of(header, backends.load))
 
 
 def _engine(backend: str, device: Device) -> EngineProfile:
@@ -118,16 +128,21 @@ def _speeds(
     try:
         manifest = load(folder)
         header = load_header(folder, manifest)
-        shape = shape_of(folder, engine.cuts, engine.kv_bytes_per_cell, engine.kv_types)
+        shape = _shape(folder, [engine]).in_memory(engine.name, order.weights)
         families = layer_families(manifest)
     except (HalkaError, BackendFault, OSError) as error:
         faults[order.folder] = str(error)
         return ()
-    for device in {device.kind: device for device in reversed(devices)}.values():
+    kinds = {device.kind: device for device in reversed(devices)}
+    if engine.name in REPACKS and len(kinds) > 1:
+        kinds.pop("cpu", None)  # its windows are all on the GPU
+    for device in kinds.values():
         try:
             with _alone(), RandomLayers(folder, manifest) as layers:
                 until_s = time.monotonic() + SPEED_S
-                terms = Terms(order.threads, order.cpu_share, order.memory_bytes, until_s)
+                terms = Terms(
+                    order.threads, order.cpu_share, order.memory_bytes, until_s, order.weights
+                )
                 watch = Stopwatch(engine, device, header, shape, layers, terms)
                 found.append(watch.speed(engine.name, families))
         except (HalkaError, BackendFault, OSError, FloatingPointError, MemoryError) as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -34,17 +35,24 @@ class Problem:
     compute_bytes: int  # of each window, wherever it runs
     logits_bytes: int  # of the tail
 
-    @property
-    def tail_bytes(self) -> int:
-        """What the last window needs besides its layers. (The first one's embedding is mapped, and
-        a step touches only the rows of its tokens.)"""
-        shape = self.shape
-        return self.logits_bytes + shape.output_bytes + (shape.embed_bytes if shape.tied else 0)
+    def end_bytes(self, able: Able, head: bool, tail: bool) -> int:
+        """What a peer's windows need besides their layers, where they are the ends of the ring."""
+        found = self.logits_bytes + able.tail_bytes if tail else 0
+        if head:
+            found += able.head_bytes - (able.shared_bytes if tail else 0)
+        return found
 
 
-def problem(profiles: Sequence[Profile], shape: ModelShape, size: Size) -> Problem:
-    """What these peers could do with the model. Profiles without an engine are passed over."""
-    peers = tuple(able(p, shape, size) for p in profiles if p.engines)
+def problem(
+    profiles: Sequence[Profile],
+    shape: ModelShape,
+    size: Size,
+    backends: Mapping[str, str] = MappingProxyType({}),
+) -> Problem:
+    """What these peers could do with the model. Those that cannot run it are passed over. backends:
+    by peer id, where it is not the one that would run it."""
+    found = (able(p, shape, size, backends.get(p.peer_id, "")) for p in profiles)
+    peers = tuple(peer for peer in found if peer is not None)
     bytes_hop, bytes_chunk = 4 * shape.hidden, 4 * shape.hidden * size.batch_tokens
     links = [[_link(a.profile, b.profile) for b in peers] for a in peers]
     apart = [[a is not b and cut_off(a.profile, b.profile) for b in peers] for a in peers]

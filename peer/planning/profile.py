@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -22,6 +23,8 @@ PEERS_MAX = 64
 LAYERS_MAX = 4096
 KINDS_MAX = 8  # kinds of layers of one model that are told apart; the rest count as the last one
 SPEEDS_MAX = 32  # models times engines; the newest are kept
+PLAIN_ENGINE = "llama_cpp"  # runs every model as it is, on every system
+ENGINE_NAMES = {"llama_cpp": "llama.cpp", "mlx": "MLX"}  # for people; others by their own name
 
 
 _Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
@@ -57,7 +60,7 @@ class EngineProfile(Value, frozen=True):
 class Fit(Value, frozen=True):
     """Whether one engine can run a model that not every engine runs as it is in the file.
 
-    weights, how, why and the bytes: see `backends.base.Ability`.
+    weights, how, why, ranks and the bytes: see `backends.base.Ability`.
     """
 
     backend: Name
@@ -67,6 +70,7 @@ class Fit(Value, frozen=True):
     layer_bytes: Annotated[tuple[Bytes, ...], msgspec.Meta(max_length=LAYERS_MAX)] = ()
     embed_bytes: Bytes = 0
     output_bytes: Bytes = 0
+    ranks: Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)] = ()
 
 
 class Port(Value, frozen=True):
@@ -163,9 +167,30 @@ class Profile(Value, frozen=True):
     ports: Annotated[tuple[Port, ...], msgspec.Meta(max_length=16)] = ()  # Thunderbolt
     islands: Literal["off", "auto"] = "off"  # the setting: whether it computes layers with others
 
-    def has_speed(self, digest: str) -> bool:
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends of its engines, the one that it prefers first."""
+        return tuple(dict.fromkeys(engine.backend for engine in self.engines))
+
+    def engine_for(self, shape: ModelShape) -> str:
+        """The backend that would run a model here, "" where none can."""
+        return shape.runner(self.backends, self.weights)
+
+    def why_not(self, shape: ModelShape) -> str:
+        """Why no engine of this peer can run a model, in words; "" where one can."""
+        if self.engine_for(shape):
+            return ""
+        fits = (shape.fit(backend, self.weights) for backend in self.backends)
+        if why := "; ".join(shape.refused(fit, self.weights) for fit in fits if fit):
+            return (
+                f"{self.name} cannot run {shape.model}: {why}, and it has no llama.cpp besides. "
+                "Install halka[llama] there, with the setting `backend` as auto"
+            )
+        return f"{self.name} has no engine for this model: install halka[llama] there"
+
+    def has_speed(self, shape: ModelShape) -> bool:
         """Whether anything was measured of a model on the backend that would run it."""
-        wanted = digest, self.engines[0].backend if self.engines else ""
+        wanted = shape.digest, self.engine_for(shape)
         return any((s.digest, s.backend) == wanted for s in self.speeds)
 
     def speed(self, digest: str, backend: str, kind: str) -> Speed | None:
@@ -226,9 +251,44 @@ class ModelShape(Value, frozen=True):
     @property
     def sound(self) -> bool:
         """Whether all that it tells of layers is told of each, and none is read more than whole."""
-        told = (self.layer_bytes, self.layer_kv_bytes, self.active_bytes, self.kinds)
+        told = [self.layer_bytes, self.layer_kv_bytes, self.active_bytes, self.kinds]
+        told += [fit.layer_bytes for fit in self.fits if fit.layer_bytes]
         return all(len(each) == self.layers for each in told) and all(
             read <= whole for read, whole in zip(self.active_bytes, self.layer_bytes, strict=True)
+        )
+
+    def fit(self, backend: str, weights: str) -> Fit | None:
+        """How a backend runs the model under a peer's setting `weights`; None: as it is."""
+        told = {fit.weights: fit for fit in self.fits if fit.backend == backend}
+        return (told.get("small") if weights == "small" else None) or told.get("auto")
+
+    def refused(self, fit: Fit, weights: str) -> str:
+        """Why a backend does not run the model with such a fit, in words that name it, or ""."""
+        name = ENGINE_NAMES.get(fit.backend, fit.backend)
+        if fit.how == "no":
+            return fit.why if name in fit.why else f"{name} does not run it: {fit.why}"
+        if fit.how == "approximate" and weights == "exact":
+            return f"{name} would round weights ({fit.why}), and `weights` is exact there"
+        return ""
+
+    def runner(self, backends: Sequence[str], weights: str) -> str:
+        """Of these backends the first that can run the model under this setting, "": none can."""
+        fits = ((backend, self.fit(backend, weights)) for backend in backends)
+        return next((b for b, fit in fits if fit is None or not self.refused(fit, weights)), "")
+
+    def in_memory(self, backend: str, weights: str) -> ModelShape:
+        """The model with its weights as this backend keeps them in memory."""
+        fit = self.fit(backend, weights)
+        if fit is None or not (fit.layer_bytes or fit.embed_bytes or fit.output_bytes):
+            return self
+        layers = fit.layer_bytes or self.layer_bytes
+        active = zip(self.active_bytes, layers, self.layer_bytes, strict=True)
+        return msgspec.structs.replace(
+            self,
+            layer_bytes=layers,
+            layer_active_bytes=tuple(a * new // max(1, old) for a, new, old in active),
+            embed_bytes=fit.embed_bytes or self.embed_bytes,
+            output_bytes=fit.output_bytes or self.output_bytes,
         )
 
     def refusal(self, first: int, last: int) -> str:

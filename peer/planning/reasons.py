@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from peer.planning import coarse, costs, halda
-from peer.planning.costs import Problem, Size
+from peer.planning.costs import Able, Problem, Size
 from peer.planning.halda import Ring, Wanted
 from peer.planning.plan import PlanWindow, Split
-from peer.planning.profile import ModelShape, Profile
+from peer.planning.profile import ENGINE_NAMES, ModelShape, Profile
 from peer.planning.wishes import Wishes
 
 _FORCED_MAX = 6  # peers of a ring for which it is reckoned out what one more would do
@@ -46,6 +46,17 @@ def chosen(of: Problem, ring: Ring, context_wanted: int) -> str:
     return text
 
 
+def engines(of: Problem, ring: Ring) -> str:
+    """Whose engine computes with rounded weights, in words that follow others, or ""."""
+    said = ""
+    for able in (of.peers[at] for at in ring.order):
+        fit = of.shape.fit(able.backend, able.profile.weights)
+        if fit and fit.how == "approximate":
+            name = ENGINE_NAMES.get(fit.backend, fit.backend)
+            said += f"; {name} on {able.profile.name} is approximate: {fit.why}"
+    return said[:600]
+
+
 def left_out(
     profile: Profile, ring_of: Sequence[Profile], of: Problem, ring: Ring, wishes: Wishes
 ) -> str:
@@ -55,7 +66,7 @@ def left_out(
         return f"{shape.model} must stay whole: {shape.whole_why}"
     smaller = costs.problem(sorted([*ring_of, profile], key=lambda p: p.peer_id), shape, of.size)
     able = next(a for a in smaller.peers if a.peer_id == profile.peer_id)
-    least, has = least_bytes(of), max(able.ram_bytes, able.gpu_bytes)
+    least, has = least_bytes(smaller, able), max(able.ram_bytes, able.gpu_bytes)
     if least > has:
         return f"{name} has {mib(has)} free and the smallest window needs {mib(least)}"
     latency = wishes.objective == "latency"
@@ -105,9 +116,9 @@ def stayed(shape: ModelShape, windows: Sequence[PlanWindow], before: Split) -> s
     return f"{count(len(new), 'layer')} ({size}) are loaded anew, all others stay where they were"
 
 
-def least_bytes(of: Problem) -> int:
-    """What a window of one layer needs at least."""
-    each = zip(of.shape.layer_bytes, of.shape.layer_kv_bytes, strict=True)
+def least_bytes(of: Problem, able: Able) -> int:
+    """What a window of one layer needs at least on this peer."""
+    each = zip(able.held.layer_bytes, able.held.layer_kv_bytes, strict=True)
     return of.compute_bytes + min(weights + of.size.kv_cells * kv for weights, kv in each)
 
 
@@ -116,9 +127,7 @@ def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wish
     of = costs.problem(able, shape, size)
     largest = max(of.peers, key=lambda a: (a.memory_bytes, a.peer_id))
     name, has = largest.profile.name, largest.memory_bytes
-    compute, logits = of.compute_bytes, of.logits_bytes
-    whole = shape.window_bytes(0, shape.layers) + compute + logits
-    whole += size.kv_cells * sum(shape.layer_kv_bytes)
+    compute, whole = of.compute_bytes, _whole_bytes(of, largest)
     if wishes.rounds and shape.layers % wishes.rounds:
         return f"{wishes.rounds} rounds do not divide the {shape.layers} layers of {shape.model}"
     if wishes.pinned or wishes.rounds:
@@ -129,11 +138,11 @@ def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wish
     if shape.whole_why:
         return (
             f"{shape.model} must stay whole ({shape.whole_why}) and needs {mib(whole)}; {name}, "
-            f"which has most, has {mib(has)}: {mib(whole - has)} are missing there. Free memory "
-            f"on {name} or pull a smaller model"
+            f"which has most, has {mib(has)}: {mib(max(1, whole - has))} are missing there. Free "
+            f"memory on {name} or pull a smaller model"
         )
     free = sum(max(0, a.memory_bytes - compute) for a in of.peers)
-    wanted = whole - compute
+    wanted = min(_whole_bytes(of, a) for a in of.peers) - compute
     if wanted > free:
         disk = "" if any(a.disk_bytes_per_s for a in of.peers) else _DISKS
         return (
@@ -147,6 +156,13 @@ def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wish
         f"{shape.architecture} may be cut. Free {mib(max(1, whole - has))} on {name}, which could "
         "then run it alone, or start another peer"
     )
+
+
+def _whole_bytes(of: Problem, able: Able) -> int:
+    """What all layers need in one stage of this peer."""
+    held = able.held
+    kv = of.size.kv_cells * sum(held.layer_kv_bytes)
+    return held.window_bytes(0, held.layers) + kv + of.compute_bytes + of.logits_bytes
 
 
 _DISKS = ", and no peer's disk is known to be fast enough to read them again for each token"

@@ -13,6 +13,7 @@ import numpy as np
 
 from peer.errors import NoPlan
 from peer.planning import after_loss, coarse, costs, halda, kv, reasons, trust
+from peer.planning.abilities import mapping
 from peer.planning.costs import Floats, Problem, Size
 from peer.planning.halda import Ring, Wanted
 from peer.planning.plan import LeftOut, PlanWindow, Split
@@ -45,6 +46,11 @@ class _Found:
     def streams(self) -> bool:
         return any(part.streamed_bytes for part in self.ring.parts)
 
+    @property
+    def comfort(self) -> tuple[bool, int]:
+        """Greater where memory is less of a want."""
+        return not self.streams, min(self.of.size.context, CONTEXT_GOOD)
+
     def cost_s(self, objective: str) -> float:
         return self.ring.forecast.cost_s(objective)
 
@@ -57,7 +63,7 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     wishes = wishes or Wishes()
     if why := unusable(shape):
         raise NoPlan(why)
-    able, left_out = _able(reasons.told_apart(profiles), wishes)
+    able, left_out = _able(reasons.told_apart(profiles), shape, wishes)
     if not able:
         raise NoPlan(
             f"no peer here can run {shape.model}: "
@@ -69,8 +75,8 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
         raise NoPlan(f"peer {lost} cannot have the window that is asked for: {why}")
     kv_type, not_wanted = kv.possible(shape, wishes.kv_type, wishes.flash)
     shape = kv.sized(shape, kv_type)
-    search = _Search(able, shape, wishes)
-    found = search.best()
+    search, found = _searched(able, shape, kv_type, wishes)
+    able = search.able
     if found is None:
         why = reasons.missing(able, shape, search.smallest, wishes) if not search.broken else ""
         raise NoPlan(why or reasons.broken(search.broken, shape))
@@ -89,8 +95,8 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
         if p.peer_id not in busy
     ]
     why = reasons.chosen(of, found.ring, search.context_wanted)
-    if not_wanted:
-        why += f"; {not_wanted}"
+    why += f"; {not_wanted}" if not_wanted else ""
+    why += reasons.engines(of, found.ring)
     if wishes.before is not None:
         why += f"; {reasons.stayed(of.shape, windows, wishes.before)}"
     return Split(
@@ -112,8 +118,8 @@ def unusable(shape: ModelShape) -> str:
     """Why no plan can be made of a shape, whatever peers there are, or ""."""
     if not shape.layers or not shape.sound:
         return f"the header of {shape.model} contradicts itself: remove it and pull it again"
-    least = min(shape.context or CONTEXT_LEAST, CONTEXT_LEAST)
-    if _whole_bytes(shape, _size(least)) > BYTES_MAX:
+    least = _size(min(shape.context or CONTEXT_LEAST, CONTEXT_LEAST))
+    if _whole_bytes(shape, least) > BYTES_MAX:
         return (
             f"the header of {shape.model} speaks of more than {BYTES_MAX >> 50:,} PiB: remove it "
             "and pull it again"
@@ -124,7 +130,9 @@ def unusable(shape: ModelShape) -> str:
 # Who and how much ------------------------------------------------------------------------------
 
 
-def _able(profiles: Sequence[Profile], wishes: Wishes) -> tuple[list[Profile], list[LeftOut]]:
+def _able(
+    profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes
+) -> tuple[list[Profile], list[LeftOut]]:
     """Peers that could take part, by peer id, and those that cannot."""
     able, left_out = [], []
     for profile in sorted(profiles, key=lambda p: p.peer_id):
@@ -133,8 +141,7 @@ def _able(profiles: Sequence[Profile], wishes: Wishes) -> tuple[list[Profile], l
             why = f"{profile.name} is to be done without"
         elif wishes.only and profile.peer_id not in wishes.only:
             why = f"{profile.name} is not among those that are wanted"
-        elif not why and not profile.engines:
-            why = f"{profile.name} has no engine for this model: install halka[llama] there"
+        why = why or profile.why_not(shape)
         if why:
             left_out.append(LeftOut(profile.peer_id, why[:1000]))
         else:
@@ -142,15 +149,17 @@ def _able(profiles: Sequence[Profile], wishes: Wishes) -> tuple[list[Profile], l
     return able, left_out
 
 
-def _size(context: int, kv_cells: int = 0) -> Size:
-    return Size(context, kv_cells or context, BATCH_TOKENS)
+def _size(context: int, kv_cells: int = 0, kv_type: str = "f16") -> Size:
+    return Size(context, kv_cells or context, BATCH_TOKENS, kv_type)
 
 
 def _whole_bytes(shape: ModelShape, size: Size) -> int:
-    """What one stage with all layers needs; in Python's integers, which cannot overflow."""
+    """What one stage with all layers needs, on the engine that needs most; in Python's integers,
+    which cannot overflow."""
     ends = costs.compute_bytes(shape, size) + costs.logits_bytes(shape, size)
     cache = size.kv_cells * sum(shape.layer_kv_bytes)
-    return shape.window_bytes(0, shape.layers) + cache + ends
+    kept = [shape.in_memory(fit.backend, fit.weights) for fit in shape.fits]
+    return max(each.window_bytes(0, each.layers) for each in (shape, *kept)) + cache + ends
 
 
 def _contexts(shape: ModelShape, wanted: int) -> list[int]:
@@ -165,13 +174,31 @@ def _contexts(shape: ModelShape, wanted: int) -> list[int]:
         context = max(least, context // 2)
 
 
+def _searched(
+    able: list[Profile], shape: ModelShape, kv_type: str, wishes: Wishes
+) -> tuple[_Search, _Found | None]:
+    """By the engines that peers prefer; where their copies of the weights leave too little memory,
+    by those that map the files, if that is better."""
+    search = _Search(able, shape, kv_type, wishes)
+    found = search.best()
+    mapped = mapping(able, shape)
+    if mapped == able or (found and found.comfort == (True, min(search.contexts[0], CONTEXT_GOOD))):
+        return search, found
+    other = _Search(mapped, shape, kv_type, wishes)
+    second = other.best()
+    better = second is not None and (found is None or second.comfort > found.comfort)
+    return (other, second) if better else (search, found)
+
+
 class _Search:
     """The best ring of each size of the context, and the choice among them."""
 
-    def __init__(self, able: list[Profile], shape: ModelShape, wishes: Wishes) -> None:
-        self._able, self._shape, self._wishes = able, shape, wishes
+    def __init__(
+        self, able: list[Profile], shape: ModelShape, kv_type: str, wishes: Wishes
+    ) -> None:
+        self.able, self._shape, self._kv_type, self._wishes = able, shape, kv_type, wishes
         self.contexts = _contexts(shape, wishes.context)
-        self.smallest = _size(self.contexts[-1])
+        self.smallest = _size(self.contexts[-1], kv_type=kv_type)
         self.broken: tuple[tuple[str, str], ...] = ()  # links that a ring would have needed
         self._known: dict[tuple[int, bool], _Found | None] = {}
 
@@ -197,9 +224,8 @@ class _Search:
         wanted, or there are not layers enough."""
         if not self._wishes.spread_all:
             return []
-        of = costs.problem(self._able, self._shape, self.smallest)
-        least = reasons.least_bytes(of)
-        can = [a.profile for a in of.peers if max(a.ram_bytes, a.gpu_bytes) >= least]
+        of, least = costs.problem(self.able, self._shape, self.smallest), reasons.least_bytes
+        can = [a.profile for a in of.peers if max(a.ram_bytes, a.gpu_bytes) >= least(of, a)]
         return can if len(can) <= self._shape.layers else []
 
     def _choose(self, everyone: bool) -> _Found | None:
@@ -226,7 +252,7 @@ class _Search:
     def _at(self, context: int, everyone: bool) -> _Found | None:
         key = context, everyone
         if key not in self._known:
-            found = self._found(self._everyone if everyone else self._able, context, everyone)
+            found = self._found(self._everyone if everyone else self.able, context, everyone)
             free = found and not everyone and self._wishes.before is None
             self._known[key] = self._simpler(found) if found and free else found
         return self._known[key]
@@ -235,7 +261,7 @@ class _Search:
         """The best ring in which all neighbours reach each other. Where everyone is to be in it and
         there is none, those are left out that fewest others reach, one after another."""
         while True:
-            of = costs.problem(peers, self._shape, _size(context))
+            of = costs.problem(peers, self._shape, _size(context, kv_type=self._kv_type))
             ring = self._ring(of, everyone)
             if ring is None or not ring.broken:
                 return _Found(of, ring) if ring else None
@@ -323,7 +349,7 @@ def _with_more_cells(found: _Found) -> Problem:
     of, context = found.of, found.of.size.context
     cells = min(WHOLE_ANSWERS * context, max(context, CONTEXT_DEFAULT))
     while cells > context:
-        size = _size(context, cells)
+        size = _size(context, cells, of.size.kv_type)
         if _whole_bytes(of.shape, size) <= BYTES_MAX:
             larger = costs.problem([able.profile for able in of.peers], of.shape, size)
             if _holds(larger, found.ring):
@@ -347,20 +373,19 @@ def _holds(of: Problem, ring: Ring) -> bool:
 
 def _windows(of: Problem, ring: Ring) -> tuple[PlanWindow, ...]:
     """The plan's windows, in ring order and round after round."""
-    shape, cells = of.shape, of.size.kv_cells
-    rows = []
+    cells, rows = of.size.kv_cells, []
     for number in range(ring.rounds):
         for place, at in enumerate(ring.order):
             able, part = of.peers[at], ring.parts[place]
-            a, b = costs.windows(shape.layers, ring.rounds, ring.edges[place])[number]
-            layers = ring.gpu_layers[place]
+            a, b = costs.windows(of.shape.layers, ring.rounds, ring.edges[place])[number]
+            layers, held = ring.gpu_layers[place], able.held
             rows.append(
                 PlanWindow(
                     peer_id=able.peer_id,
                     first=a,
                     last=b,
                     backend=able.backend,
-                    memory_bytes=shape.window_bytes(a, b) + cells * sum(shape.layer_kv_bytes[a:b]),
+                    memory_bytes=held.window_bytes(a, b) + cells * sum(held.layer_kv_bytes[a:b]),
                     gpu_layers=-1 if able.gpu and layers >= b - a else layers,
                     streamed_bytes=part.streamed_bytes // ring.rounds,
                     ahead_bytes=part.ahead_bytes(ring.rounds, ring.forecast.tpot_s),

@@ -19,7 +19,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Backend, BackendFault, Batch, Device, Engine, Header, Settings, Window
+from backends.base import (
+    Backend,
+    BackendFault,
+    Batch,
+    Device,
+    Engine,
+    Header,
+    Settings,
+    Weights,
+    Window,
+)
 from peer.planning import trials
 from peer.planning.profile import ModelShape, Speed
 from peer.planning.random_layers import RandomLayers
@@ -55,6 +65,7 @@ class Terms:
     cpu_share: float
     memory_bytes: int
     until_s: float  # time.monotonic() at which it must be over
+    weights: Weights = "auto"  # the setting
 
 
 class _Over(Exception):
@@ -79,7 +90,9 @@ class Stopwatch:
         gpu_layers = 0 if device.kind == "cpu" else -1
         # Positions beyond its context are missing in some models, and abort the process.
         self._rows_max = max(1, min(ROWS, shape.context or ROWS))
-        self._settings = Settings(1, ROWS, self._rows_max, terms.threads, gpu_layers)
+        self._settings = Settings(
+            1, ROWS, self._rows_max, terms.threads, gpu_layers, weights=terms.weights
+        )
         memory = terms.memory_bytes
         if device.kind != "cpu":
             memory = min(memory, device.memory_free_bytes)
@@ -224,7 +237,7 @@ class Stopwatch:
         try:
             files = self._layers.place(trial, recipe)
             total = self._shape.layers
-            told = self._header, files.files, files.embed, files.places
+            told = _as_filled(self._header, trial), files.files, files.embed, files.places
             window = Window(trial.first, trial.last, total, *told)
             backend.load(window)
             yield _Run(backend, window, self._ids if window.is_first else self._rows)
@@ -347,6 +360,21 @@ class _Run:
         positions = np.arange(position, position + rows, dtype=np.int32)
         batch = Batch(np.zeros(rows, dtype=np.int32), positions, outputs)
         self.backend.run(self.window, batch, self.given[at : at + rows])
+
+
+def _as_filled(header: Header, trial: Trial) -> Header:
+    """The header with each layer of a trial's window as that of which it has the tensors."""
+    tensors = dict(header.tensors)
+    for layer, source in zip(range(trial.first, trial.last), trial.sources, strict=True):
+        here, there = f"blk.{layer}.", f"blk.{source}."
+        if layer == source:
+            continue
+        for name in [name for name in tensors if name.startswith(here)]:
+            del tensors[name]
+        for name, fact in header.tensors.items():
+            if name.startswith(there):
+                tensors[here + name.removeprefix(there)] = fact
+    return Header(header.metadata, tensors)
 
 
 def timed(step: Callable[[], object]) -> Sample:

@@ -25,14 +25,21 @@ import psutil
 from peer import children
 from peer.config import SPARE_AUTO, Config
 from peer.errors import BackendError, ModelError
-from peer.planning import gpus
+from peer.planning import gpus, proving
 from peer.planning.groups import control_group_bytes, processors, share
-from peer.planning.profile import SPEEDS_MAX, EngineProfile, ModelShape, Profile, Speed
+from peer.planning.profile import (
+    PLAIN_ENGINE,
+    SPEEDS_MAX,
+    EngineProfile,
+    ModelShape,
+    Profile,
+    Speed,
+)
 
 __all__ = [
     "Survey", "available_bytes", "backends_of", "clean_name", "control_group_bytes", "cores",
-    "disk_free_bytes", "disk_read_bytes_per_s", "engines", "measure", "profile", "shape",
-    "spare_bytes", "speeds", "threads",
+    "disk_free_bytes", "disk_read_bytes_per_s", "engines", "measure", "no_engine", "profile",
+    "shape", "spare_bytes", "speeds", "teller", "threads",
 ]  # fmt: skip
 
 log = logging.getLogger("halka.planning")
@@ -46,7 +53,6 @@ LARGE_BYTES = 4 << 30  # so much free
 SPARE_FREE_BYTES = 4 << 30  # of the disk, left to its owner where nothing is set
 SPARE_FREE_LEAST_BYTES = 1 << 30  # and where it is: a disk without room breaks more than halka
 SPARE_STEP_BYTES = 64 << 20
-_NO_ENGINE = "no engine is installed: pip install 'halka[llama]' in halka's environment"
 _LAST_LINES = 5  # of the process' own words, for the reason of its end
 
 
@@ -63,11 +69,25 @@ class Survey(msgspec.Struct, frozen=True):
     disk_read_bytes_per_s: float = 0.0
 
 
-def backends_of(config: Config) -> tuple[str, ...]:
+def backends_of(config: Config, system: str = sys.platform) -> tuple[str, ...]:
     """Backends that this peer would run, best first. The fake one only where it is asked for."""
     if config.backend != "auto":
         return (config.backend,)
-    return ("llama_cpp",) if find_spec("llama_cpp") else ()
+    libraries = {"mlx": ("mlx", "mlx_lm"), "llama_cpp": ("llama_cpp",)}
+    if system != "darwin":
+        del libraries["mlx"]  # there it computes on the processor, for tests
+    return tuple(name for name, needed in libraries.items() if all(map(find_spec, needed)))
+
+
+def no_engine(system: str = sys.platform) -> str:
+    """That nothing is installed, and what to install on this system."""
+    extras = "llama,mlx" if system == "darwin" else "llama"
+    return f"no engine is installed: pip install 'halka[{extras}]' in halka's environment"
+
+
+def teller(backends: Sequence[str]) -> str:
+    """Of a peer's backends that which tells what a planner must know of a model."""
+    return PLAIN_ENGINE if PLAIN_ENGINE in backends else backends[0]
 
 
 async def measure(
@@ -79,12 +99,18 @@ async def measure(
     """
     names = await asyncio.to_thread(backends_of, config)
     if not names:
-        return Survey(faults={"auto": _NO_ENGINE})
+        return Survey(faults={"auto": no_engine()})
     return await _ask(names, _folders(names, folders), timeout_s)
 
 
-async def engines(config: Config) -> tuple[EngineProfile, ...]:
-    """The processors that this peer's engines can use; () and a line in the log where none can."""
+async def engines(
+    config: Config, refused: dict[str, str] | None = None
+) -> tuple[EngineProfile, ...]:
+    """The processors that this peer's engines can use, those of the engine that it prefers first:
+    all that this peer plans and measures with. () and a line in the log where none can.
+
+    refused: becomes why engines that are here are not used, by backend: see `proving.trusted`.
+    """
     try:
         survey = await measure(config)
     except BackendError as error:
@@ -92,7 +118,7 @@ async def engines(config: Config) -> tuple[EngineProfile, ...]:
         return ()
     for fault in survey.faults.values():
         log.warning("engines=missing because=%s", fault)
-    return survey.engines
+    return await proving.trusted(config, survey.engines, refused)
 
 
 async def shape(backend: str, folder: Path) -> ModelShape:
@@ -111,15 +137,19 @@ async def shape(backend: str, folder: Path) -> ModelShape:
     raise ModelError("; ".join(survey.faults.values()) or "its engine gave no reason")
 
 
-async def speeds(config: Config, folder: Path, shape: ModelShape) -> tuple[Speed, ...]:
+async def speeds(
+    config: Config, folder: Path, shape: ModelShape, backend: str = ""
+) -> tuple[Speed, ...]:
     """How fast this peer's processors run a model, measured on random layers. Takes seconds.
 
-    folder: of the store, with its manifest and head.gguf. Cancelling ends the process at once.
+    folder: of the store, with its manifest and head.gguf. backend: to measure; "": the first of
+    this peer's that can run the model. Cancelling ends the process at once.
     Raises: BackendError where nothing could be measured, with the reason.
     """
-    names = await asyncio.to_thread(backends_of, config)
-    if not names:
-        raise BackendError(_NO_ENGINE)
+    backends = await asyncio.to_thread(backends_of, config)
+    if not backends:
+        raise BackendError(no_engine())
+    names = (backend or shape.runner(backends, config.weights) or backends[0],)
     speed = await asyncio.to_thread(_speed_order, config, folder)
     survey = await _ask(names, {"backends": names, "speed": speed}, SPEEDS_S)
     kinds = max(shape.kinds, default=0) + 1
@@ -142,6 +172,7 @@ def _speed_order(config: Config, folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "threads": threads(config),
         "cpu_share": share(threads(config), processors()),
+        "weights": config.weights,
         "memory_bytes": available_bytes(config.memory, free, control_group_bytes()),
     }
 

@@ -71,10 +71,8 @@ class Tables:
         if of.shape.layers % rounds:
             raise ValueError(f"{rounds} rounds do not divide {of.shape.layers} layers")
         self.of, self.rounds, self.width = of, rounds, of.shape.layers // rounds
-        shape = of.shape
-        self._allowed = _allowed(shape, rounds)
-        self._weights = self._folded(np.array(shape.layer_bytes, np.int64))
-        self._kv = self._folded(np.array(shape.layer_kv_bytes, np.int64) * of.size.kv_cells)
+        self._allowed = _allowed(of.shape, rounds)
+        self._sums: dict[int, tuple[Ints, Ints]] = {}  # by the id of what a peer holds
 
     @cached_property
     def peers(self) -> tuple[Table, ...]:
@@ -89,6 +87,15 @@ class Tables:
         for all kinds of layers or for none."""
         return tuple(self._table(able, self._gpu_choices(able)) for able in self.of.peers)
 
+    def _bytes(self, able: Able) -> tuple[Ints, Ints]:
+        """[W + 1] each, as `_folded`: of weights and of KV cache. Most peers hold the same."""
+        held = able.held
+        if id(held) not in self._sums:
+            kv = np.array(held.layer_kv_bytes, np.int64) * self.of.size.kv_cells
+            weights = np.array(held.layer_bytes, np.int64)
+            self._sums[id(held)] = self._folded(weights), self._folded(kv)
+        return self._sums[id(held)]
+
     def _folded(self, each: NDArray[_Number]) -> NDArray[_Number]:
         """[W + 1]: of x, the sum over the rounds of what lies in their first x layers."""
         sums = each.reshape(self.rounds, self.width).sum(axis=0)
@@ -98,11 +105,11 @@ class Tables:
         """starts: [..., W + 1, W + 1], from which layer on the window [a, b) is on the GPU."""
         of, k = self.of, self.rounds
         n = self.width
-        weights, kv = self._weights, self._kv
+        weights, kv = self._bytes(able)
         a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
         tail = b == n
         on_gpu = starts < b
-        end = of.tail_bytes * tail
+        end = self._ends(able)
         scratch = k * of.compute_bytes
         cpu_weights = weights[starts] - weights[a]
         ram = cpu_weights + kv[starts] - kv[a] + scratch + np.where(on_gpu, 0, end)
@@ -152,6 +159,8 @@ class Tables:
     def _gpu_from(self, able: Able) -> Ints:
         """[W + 1, W + 1] from which layer on the window [a, b) is on the GPU: as many of the last
         as there is room for, where it is the faster one; b where none is."""
+        if able.whole:
+            return self._all
         if able.gpu is None or able.gpu.decode_s.sum() >= able.cpu.decode_s.sum():
             return self._none
         return self._most(able)
@@ -164,18 +173,21 @@ class Tables:
         a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
         if able.gpu is None:
             return self._none[None]
+        if able.whole:
+            return self._all[None]
         if n <= ALL_CHOICES_WIDTH:
             starts: Ints = b - np.arange(n + 1)[:, None, None]
             return np.minimum(np.maximum(starts, a), np.maximum(a, b))
         most, scratch = self._most(able), self.rounds * self.of.compute_bytes
-        both = self._weights + self._kv
+        weights, kv = self._bytes(able)
+        both = weights + kv
         if not able.unified:
             room = able.ram_bytes - scratch
             other = np.searchsorted(both, both[a] + room, side="right")
         elif self.rounds > 1:  # all of what is streamed needs a buffer besides: see `costs`
-            need = both[b] - both[a] + scratch + self.of.tail_bytes * (b == n)
+            need = both[b] - both[a] + scratch + self._ends(able)
             kept = np.maximum(0, need - able.ram_bytes) * self.rounds // (self.rounds - 1)
-            other = np.searchsorted(self._weights, self._weights[a] + kept)
+            other = np.searchsorted(weights, weights[a] + kept)
         else:
             return np.stack([self._none, most])
         # A layer more or less: what is left of one may be read, or not hidden, for less.
@@ -187,17 +199,31 @@ class Tables:
         b = np.arange(self.width + 1)[None, :]
         return np.broadcast_to(b, (self.width + 1, self.width + 1))
 
+    @property
+    def _all(self) -> Ints:
+        """Every window from its first layer on."""
+        a = np.arange(self.width + 1)[:, None]
+        return np.broadcast_to(a, (self.width + 1, self.width + 1))
+
+    def _ends(self, able: Able) -> Ints:
+        """[W + 1, W + 1] what windows at the ends of the ring need besides their layers."""
+        ends = np.zeros((self.width + 1, self.width + 1), np.int64)
+        ends[0] = self.of.end_bytes(able, True, False)
+        ends[:, -1] = self.of.end_bytes(able, False, True)
+        ends[0, -1] = self.of.end_bytes(able, True, True)
+        return ends
+
     def _most(self, able: Able) -> Ints:
         n = self.width
         a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
-        of, scratch = self.of, self.rounds * self.of.compute_bytes
-        tail = b == n
-        both = self._weights + self._kv
-        room = able.gpu_bytes - scratch - of.tail_bytes * tail
+        scratch, ends = self.rounds * self.of.compute_bytes, self._ends(able)
+        weights, kv = self._bytes(able)
+        both = weights + kv
+        room = able.gpu_bytes - scratch - ends
         starts = np.searchsorted(both, both[b] - room)
         if able.unified:  # all but the processor's weights has to stay in the same memory
-            room = able.ram_bytes - scratch - of.tail_bytes * tail - (self._kv[b] - self._kv[a])
-            starts = np.maximum(starts, np.searchsorted(self._weights, self._weights[b] - room))
+            room = able.ram_bytes - scratch - ends - (kv[b] - kv[a])
+            starts = np.maximum(starts, np.searchsorted(weights, weights[b] - room))
         inside: Ints = np.minimum(np.maximum(starts, a), np.maximum(a, b))
         return inside
 

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Backend, BackendFault, Batch, Engine, Header, Settings, Window
+from backends.base import (
+    Backend,
+    BackendFault,
+    Batch,
+    Engine,
+    Header,
+    Settings,
+    Weights,
+    Window,
+)
 from peer.errors import HalkaError
 from peer.models import tokenizers
 from peer.models.manifest import Manifest
 from peer.models.manifest import load as load_manifest
 from peer.models.parts import hold, load_header, place
 from peer.planning.drafts import BATCH_TOKENS, SLOTS, cells
+from peer.planning.profile import PLAIN_ENGINE
 from peer.protocol import StageOrder
 
 log = logging.getLogger("halka.stage")
@@ -205,22 +215,29 @@ class DraftModel:
         self._trim(slot, 0)
 
 
-def of_head(engine: Engine, order: StageOrder) -> DraftModel | None:
+def of_head(
+    engine: Engine, order: StageOrder, loaded: Callable[[str], Engine]
+) -> DraftModel | None:
     """The model that drafts for a stage's plan, None where there is none, or where it cannot: the
-    reason is in the log, and the plan goes on without it."""
+    reason is in the log, and the plan goes on without it. It runs on the stage's engine, or on the
+    plain one where that cannot run it; loaded: gives the engine of a name."""
     split = order.plan.plan.split
     if not order.draft_folder or order.plan.plan.head != order.peer_id:
         return None
     try:
+        folder = Path(order.draft_folder)
+        if engine.can_run(load_header(folder), order.weights).how == "no":
+            engine = loaded(PLAIN_ENGINE)
         return load(
             engine,
-            Path(order.draft_folder),
+            folder,
             Path(order.folder),
             threads=order.threads,
             kv_cells=split.kv_cells,
             gpu_layers=-1 if split.windows[0].gpu_layers else 0,
+            weights=order.weights,
         )
-    except (BackendFault, HalkaError, OSError) as error:
+    except (BackendFault, HalkaError, ImportError, OSError) as error:
         log.warning("draft=none plan=%s because=%s", order.plan.plan.id, error)
         return None
 
@@ -233,11 +250,12 @@ def load(
     threads: int,
     kv_cells: int,
     gpu_layers: int = 0,
+    weights: Weights = "auto",
 ) -> DraftModel:
     """Load the model in `folder`, all of it, to draft for the one in `target`. Both: of the store.
 
-    kv_cells: of the target's stage. gpu_layers: 0 or -1, all of them. Raises BackendFault and
-    ModelError: the reason why it cannot draft, such as another tokenizer.
+    kv_cells: of the target's stage. gpu_layers: 0 or -1, all of them. weights: the setting. Raises
+    BackendFault and ModelError: the reason why it cannot draft, such as another tokenizer.
     """
     manifest = load_manifest(folder)
     header, of_target = load_header(folder, manifest), load_header(target)
@@ -248,7 +266,7 @@ def load(
         raise BackendFault(f"{manifest.model} cannot draft: {why}", "refused")
     context = header.metadata.get(f"{header.architecture}.context_length", 0)
     room = cells(kv_cells, context if isinstance(context, int) else 0)
-    settings = Settings(SLOTS, room, min(BATCH_TOKENS, room), threads, gpu_layers)
+    settings = Settings(SLOTS, room, min(BATCH_TOKENS, room), threads, gpu_layers, weights=weights)
     backend = engine.open(settings)
     try:
         window = _load_whole(engine, backend, folder, manifest, header)

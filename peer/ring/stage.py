@@ -60,7 +60,7 @@ class Stage:
             self.plan.split.windows[self.plan.windows_of(self.peer_id)[0]].backend
         )
         self.drafter: drafting.DraftModel | None = None
-        self.windows = Windows(self.engine, self.plan, self.peer_id, order.threads)
+        self.windows = Windows(self.engine, self.plan, self.peer_id, order.threads, order.weights)
         self.folder = Path(order.folder)
         self.context: zmq.Context[Any] = zmq.Context()
         self.door = Doorkeeper(self.context)
@@ -106,7 +106,7 @@ class Stage:
             if not self.windows.rewinds:
                 self.head.scheduler.recurrent()
             elif self.head.scheduler.speculate:
-                self.drafter = drafting.of_head(self.engine, self.order)
+                self.drafter = drafting.of_head(self.engine, self.order, backends.load)
                 self.head.scheduler.drafter = self.drafter
         self.news = msgspec.structs.replace(
             self.news,

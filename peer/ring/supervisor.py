@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import psutil
@@ -37,6 +38,8 @@ from peer.ring.lease import ASK_S, Bounds, Hung, Lease, Ping, Pong
 from peer.ring.vitals import Vitals
 
 log = logging.getLogger("halka.stage")
+
+Weights = Literal["auto", "exact", "small"]
 
 _LINE_BYTES_MAX = 1 << 20
 _STOP_S = 3.0  # for a stage to end cleanly; then it is killed; then it is left to the kernel
@@ -94,8 +97,10 @@ class Supervisor:
         bind: str,
         admitted: tuple[str, ...],
         draft: Path | None = None,
+        weights: Weights = "auto",
     ) -> None:
-        """Start the stage of a plan. Its news and its end come by the callbacks.
+        """Start the stage of a plan. Its news and its end come by the callbacks. weights: the
+        setting.
 
         draft: the folder of the model that drafts for it. One whose stage crashed or hung does not
         again while this agent runs: it may be the reason, and a draft must not end a plan.
@@ -128,7 +133,9 @@ class Supervisor:
         ]
         self.send(
             plan,
-            StageOrder(state, peer_id, str(folder), threads, step_s, bind, admitted, draft_folder),
+            StageOrder(
+                state, peer_id, str(folder), threads, step_s, bind, admitted, draft_folder, weights
+            ),
         )
         if self._closed:  # while its process began
             self.stop(plan)

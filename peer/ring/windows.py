@@ -19,6 +19,7 @@ from backends.base import (
     Footprint,
     Island,
     Settings,
+    Weights,
     Window,
 )
 from peer.models.manifest import load as load_manifest
@@ -32,7 +33,14 @@ from peer.ring.tail import Tail
 class Windows:
     """This stage's windows on its backend, and the samplers where it is the tail (`sample`)."""
 
-    def __init__(self, engine: Engine, plan: Plan, peer_id: str, threads: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        plan: Plan,
+        peer_id: str,
+        threads: int,
+        weights: Weights = "auto",
+    ) -> None:
         self.plan, self.peer_id = plan, peer_id
         self.mine = plan.windows_of(peer_id)
         split = plan.split
@@ -45,6 +53,7 @@ class Windows:
             split.windows[self.mine[0]].gpu_layers,
             split.kv_type,
             split.flash,
+            weights,
         )
         self._backend: Backend | None = None
         self.vocabulary = 0  # ids below it exist; known once loaded

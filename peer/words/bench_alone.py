@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from peer.bench.orders import Ask, Open, whole
+from peer.bench.orders import Ask, Open, engine_of, whole
 from peer.bench.reference import Reference
 from peer.errors import BackendError, ModelError
 from peer.models.manifest import load
@@ -37,12 +37,15 @@ class Alongside:
         self._cells = plan.split.kv_cells
         self.threads = (profile.threads if profile else 0) or cores()
         self._profile, self._peer_id = profile, status.me.peer_id
+        self._weights = profile.weights if profile else "auto"
+        self._backend = engine_of(plan, self._peer_id, profile)
+        self._held = plan.shape.in_memory(self._backend, self._weights)
         why, mend = _lacks(self._folder, plan, status) or self._too_large(status)
         self.said = Alone(not why, self.threads, 0, why, mend)
         self._reference: Reference | None = None
 
     def _too_large(self, status: Status) -> tuple[str, str]:
-        shape = self._plan.shape
+        shape = self._held
         needed = shape.window_bytes(0, shape.layers) + AROUND_BYTES
         each = max(1, sum(shape.layer_kv_bytes))
         free = available_bytes(0, int(psutil.virtual_memory().available), control_group_bytes())
@@ -65,8 +68,9 @@ class Alongside:
             whole(
                 self._plan, self._peer_id,
                 slots=self._slots, kv_cells=self._cells, gpu_layers=self._gpu_layers(),
+                backend=self._backend,
             ),
-            str(self._folder), self.threads,
+            str(self._folder), self.threads, self._weights,
         )  # fmt: skip
         try:
             used = reference.open(order)
@@ -78,9 +82,10 @@ class Alongside:
 
     def _gpu_layers(self) -> int:
         """All of them on a GPU with room for them, as the planner would have it; else none."""
-        shape, profile = self._plan.shape, self._profile
+        shape, profile = self._held, self._profile
         needed = shape.window_bytes(0, shape.layers) + self._cells * sum(shape.layer_kv_bytes)
-        cards = [e for e in profile.engines if e.kind != "cpu"] if profile else []
+        mine = [e for e in profile.engines if e.backend == self._backend] if profile else []
+        cards = [e for e in mine if e.kind != "cpu"]
         return -1 if any(card.memory_free_bytes > needed + AROUND_BYTES for card in cards) else 0
 
     def decode(self, text: str, tokens: int, sampling: Sampling, limit_s: float) -> float:

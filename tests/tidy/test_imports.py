@@ -43,6 +43,7 @@ PURE = {
     "peer.ring.scheduler", "peer.ring.scheduler_events", "peer.ring.batching", "peer.ring.slots",
     "peer.ring.generation", "peer.ring.lease", "peer.ring.endings",
     "peer.planning.trials", "peer.planning.drafts", "peer.models.tokenizers",
+    "peer.planning.proof",
     "peer.planning.thunderbolt",
 }  # fmt: skip
 PURE_LATER: set[str] = set()
@@ -70,6 +71,16 @@ INTRODUCED = {
         "peer.models.parts",
     },
     "peer.planning.disk": {"peer.models.disk"},
+    # A proof runs windows in a process of its own, as a stage does, of models that it makes.
+    "peer.planning.verify": {"peer.models.manifest", "peer.models.parts"},
+    "peer.planning.proving": {"peer.models.disk"},
+    "peer.planning.builtin": {
+        "peer.models.blocks",
+        "peer.models.gguf",
+        "peer.models.imports",
+        "peer.models.manifest",
+        "peer.models.store",
+    },
     # What was measured holds for all models of the same tensors, which only the manifest tells.
     "peer.planning.speeds": {"peer.models.manifest"},
 }
@@ -77,12 +88,14 @@ INTRODUCED = {
 # backends: these four open its door, the others name its values.
 ENGINE_DOORS = {
     "peer.ring.stage", "peer.planning.measure", "peer.models.vocabulary", "peer.bench.whole",
+    "peer.planning.verify",
 }  # fmt: skip
 ENGINE_VALUES = {
     "peer.models.parts", "peer.models.gguf",  # Header, TensorFact, Recipe
     "peer.ring.windows", "peer.ring.frames", "peer.ring.drafting",  # Window, Batch
     "peer.ring.steps", "peer.ring.tail", "peer.ring.rehearsal",
     "peer.models.kinds", "peer.planning.random_layers", "peer.planning.stopwatch",
+    "peer.planning.fits",
 }  # fmt: skip
 
 # Libraries, each named in as few files as possible.

@@ -72,7 +72,7 @@ def test_a_model_with_another_tokenizer_does_not_draft() -> None:
 
 
 def test_the_draft_has_to_fit_beside_the_heads_windows() -> None:
-    needed = drafts._bytes(SMALL, made(profile(A)).split)
+    needed = drafts._bytes(SMALL, made(profile(A)).split, profile(A))
     assert 3 * MIB < needed < 8 * MIB
     windows = made(profile(A, draft_wanted="small-one"))
     assert windows.split.draft == SMALL.digest

@@ -140,11 +140,11 @@ def test_a_model_that_fits_nowhere_says_what_is_missing_and_the_next_one_is_serv
 def test_a_profile_counts_as_measured_by_a_speed_of_its_engine_or_by_saying_that_it_cannot() -> (
     None
 ):
-    assert measured(fast(A, 1e-3, unmeasured=()), MODEL.digest)
-    assert not measured(fast(A, 1e-3, unmeasured=()), "f" * 64)
-    assert measured(profile(A, unmeasured=(MODEL.digest,)), MODEL.digest)
+    assert measured(fast(A, 1e-3, unmeasured=()), MODEL)
+    assert not measured(fast(A, 1e-3, unmeasured=()), replace(MODEL, digest="f" * 64))
+    assert measured(profile(A, unmeasured=(MODEL.digest,)), MODEL)
     other = replace(fast(A, 1e-3).speeds[0], backend="llama_cpp")
-    assert not measured(profile(A, speeds=(other,), unmeasured=()), MODEL.digest)
+    assert not measured(profile(A, speeds=(other,), unmeasured=()), MODEL)
 
 
 def test_small_changes_of_speed_and_links_are_no_reason_to_plan_again() -> None:

@@ -23,7 +23,7 @@ from tests.coordinator import A, B, profile, shape
 
 MODEL = shape()
 SPEED = Speed(MODEL.digest, "fake", "cpu", 4, (1e-3,), (0.1,), 512)
-Measure = Callable[[Config, Path, ModelShape], Awaitable[tuple[Speed, ...]]]
+Measure = Callable[[Config, Path, ModelShape, str], Awaitable[tuple[Speed, ...]]]
 
 
 class Double:
@@ -75,7 +75,9 @@ async def running(
             await task
 
 
-async def at_once(config: Config, folder: Path, shape: ModelShape) -> tuple[Speed, ...]:
+async def at_once(
+    config: Config, folder: Path, shape: ModelShape, backend: str
+) -> tuple[Speed, ...]:
     return (SPEED,)
 
 
@@ -85,7 +87,9 @@ async def test_what_was_measured_is_told_and_found_again_after_a_restart(
     async with running(tmp_path, monkeypatch, at_once) as (host, _):
         assert (await host.tells()).speeds == (SPEED,)
 
-    async def never(config: Config, folder: Path, shape: ModelShape) -> tuple[Speed, ...]:
+    async def never(
+        config: Config, folder: Path, shape: ModelShape, backend: str
+    ) -> tuple[Speed, ...]:
         raise AssertionError("it was measured before")
 
     async with running(tmp_path, monkeypatch, never) as (host, _):
@@ -98,7 +102,9 @@ async def test_an_answer_ends_a_measurement_and_it_begins_anew_afterwards(
     begun, ended = asyncio.Event(), asyncio.Event()
     tries = 0
 
-    async def slow(config: Config, folder: Path, shape: ModelShape) -> tuple[Speed, ...]:
+    async def slow(
+        config: Config, folder: Path, shape: ModelShape, backend: str
+    ) -> tuple[Speed, ...]:
         nonlocal tries
         tries += 1
         if tries > 1:
@@ -124,7 +130,9 @@ async def test_an_answer_ends_a_measurement_and_it_begins_anew_afterwards(
 async def test_what_cannot_be_measured_is_told_so_that_nobody_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(config: Config, folder: Path, shape: ModelShape) -> tuple[Speed, ...]:
+    async def broken(
+        config: Config, folder: Path, shape: ModelShape, backend: str
+    ) -> tuple[Speed, ...]:
         raise BackendError("a layer of it does not fit here")
 
     async with running(tmp_path, monkeypatch, broken) as (host, found):
@@ -233,7 +241,9 @@ async def test_memory_that_became_free_is_told_where_no_stage_has_some_of_it(
 async def test_what_has_faded_is_faded_after_a_restart_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
-    async def slow_once(config: Config, folder: Path, shape: ModelShape) -> tuple[Speed, ...]:
+    async def slow_once(
+        config: Config, folder: Path, shape: ModelShape, backend: str
+    ) -> tuple[Speed, ...]:
         return (replace(SPEED, correction=4.0),)
 
     def written() -> bool:
