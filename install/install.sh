@@ -182,6 +182,15 @@ find_python() {
         "$(tools_command)"
 }
 
+usual_extras() { # MLX has wheels for Apple silicon from macOS 14 on; llama.cpp runs everywhere
+    if [ "$system" = Darwin ] && [ "$(uname -m)" = arm64 ] &&
+        [ "$(sw_vers -productVersion 2>/dev/null | cut -d . -f 1)" -ge 14 ] 2>/dev/null; then
+        printf 'llama,mlx'
+    else
+        printf 'llama'
+    fi
+}
+
 check_compiler() {
     case " ${HALKA_INSTALL_EXTRAS-llama} " in *llama*) ;; *) return 0 ;; esac
     if [ "$system" = Darwin ]; then
@@ -219,7 +228,7 @@ make_venv() {
         run rm -rf "$venv"
     fi
     [ -e "$venv" ] || run "$python" -m venv "$venv"
-    extras="${HALKA_INSTALL_EXTRAS-llama}"
+    extras="${HALKA_INSTALL_EXTRAS-$(usual_extras)}"
     say "Installing halka into $venv. The first time llama.cpp is compiled: a few minutes."
     # shellcheck disable=SC2086
     run "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \

@@ -10,7 +10,8 @@ set -euo pipefail
 # shellcheck source=install/venv.sh
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-make_venv llama,test
+# HALKA_TEST_EXTRAS=llama,test where MLX has no wheel (Linux: glibc 2.35): its tests are skipped.
+make_venv "${HALKA_TEST_EXTRAS:-llama,mlx,test}"
 cd "$root"
 python=$venv/bin/python
 

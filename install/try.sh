@@ -16,5 +16,7 @@ case ${1:-} in
     ;;
 esac
 
-make_venv llama
+extras=llama
+if mlx_runs; then extras=llama,mlx; fi
+make_venv "$extras"
 exec "$venv/bin/python" "$root/install/trial.py" ${1+"$@"}

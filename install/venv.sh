@@ -82,14 +82,34 @@ explain_pip() {
 # The tap in C of this checkout: built by pip, and again here when its source is a newer one.
 make_tap() { "$venv/bin/python" -IS "$root/backends/llama_cpp/tap_library.py"; }
 
+# holds A,B,C X,Y: whether all of the second list are in the first.
+holds() {
+  old_ifs=$IFS
+  IFS=,
+  for each in $2; do
+    case ",$1," in *",$each,"*) ;; *)
+      IFS=$old_ifs
+      return 1
+      ;;
+    esac
+  done
+  IFS=$old_ifs
+}
+
+# mlx_runs: whether this is a Mac that MLX has wheels for (Apple silicon, macOS 14 or newer).
+mlx_runs() {
+  [ "$(uname -s)" = Darwin ] && [ "$(uname -m)" = arm64 ] &&
+    [ "$(sw_vers -productVersion 2>/dev/null | cut -d . -f 1)" -ge 14 ] 2>/dev/null
+}
+
 # make_venv EXTRAS: .venv with the project in it (editable), and its extras, such as llama,test.
 make_venv() {
   extras=$1
   stamp=$venv/halka-$extras
   mark="$(cksum <"$root/pyproject.toml") $root"
   if [ -x "$venv/bin/halka" ] && "$venv/bin/python" -c '' 2>/dev/null; then
-    for done in "$stamp" "$stamp,test"; do
-      if [ "$(cat "$done" 2>/dev/null)" = "$mark" ]; then
+    for done in "$venv"/halka-*; do
+      if [ "$(cat "$done" 2>/dev/null)" = "$mark" ] && holds "${done##*/halka-}" "$extras"; then
         make_tap
         return 0
       fi

@@ -16,6 +16,8 @@ drop() {
 act() {
     case "$name $*" in
         'uname -s') echo "$FAKE_SYSTEM" ;;
+        'uname -m') echo "${FAKE_MACHINE:-arm64}" ;;
+        'sw_vers -productVersion') echo "${FAKE_MACOS:-15.6.1}" ;;
         'id -u') echo "$FAKE_UID" ;;
         'id -un') echo tester ;;
         'id -u '*) has accounts "$2" ;;

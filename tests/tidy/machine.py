@@ -15,9 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("bash", "sh", "cat", "mv", "rm", "mkdir", "rmdir", "ln", "dirname", "basename", "readlink",
-         "chmod", "sed", "awk", "tr", "sleep", "grep", "wc", "env")  # fmt: skip
-FAKES = ("uname", "id", "getent", "useradd", "userdel", "usermod", "chown", "systemctl", "loginctl",
-         "launchctl", "dscl", "xcode-select", "c++", "python3.13")  # fmt: skip
+         "chmod", "sed", "awk", "tr", "cut", "sleep", "grep", "wc", "env")  # fmt: skip
+FAKES = ("uname", "sw_vers", "id", "getent", "useradd", "userdel", "usermod", "chown", "systemctl",
+         "loginctl", "launchctl", "dscl", "xcode-select", "c++", "python3.13")  # fmt: skip
 
 Tree = dict[str, tuple[str, str]]
 

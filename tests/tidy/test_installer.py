@@ -295,6 +295,24 @@ def test_without_llama_no_compiler_is_asked_for(linux: Machine) -> None:
     assert asked.endswith(str(ROOT))
 
 
+@pytest.mark.parametrize(
+    ("mac", "extras"),
+    [
+        ({}, "llama,mlx"),
+        ({"FAKE_MACHINE": "x86_64"}, "llama"),
+        ({"FAKE_MACOS": "13.7.8"}, "llama"),
+        ({"HALKA_INSTALL_EXTRAS": "llama"}, "llama"),
+    ],
+)
+def test_a_mac_that_mlx_runs_on_gets_both_engines(
+    tmp_path: Path, mac: dict[str, str], extras: str
+) -> None:
+    machine = make_machine(tmp_path, "user", "Darwin")
+    succeeded(machine.install(**mac))
+    asked = next(line for line in machine.log() if " pip install " in line)
+    assert asked.endswith(f"{ROOT}[{extras}]")
+
+
 def test_another_program_of_the_name_is_left_alone(machine: Machine) -> None:
     machine.link.parent.mkdir(parents=True)
     machine.link.write_text("a game")
