@@ -122,7 +122,8 @@ class Daemon:
     async def _run(self, listening: socket.socket) -> int:
         """All that comes once the port of HTTP is ours."""
         store = await asyncio.to_thread(Store, self.config.home)
-        if not (engines := await survey.engines(self.config)):
+        refused: dict[str, str] = {}
+        if not (engines := await survey.engines(self.config, refused)):
             self._measuring.failed("engines", time.monotonic())
         profile = await asyncio.to_thread(
             survey.profile, self.config, self.identity.peer_id, engines
@@ -134,6 +135,7 @@ class Daemon:
 
             agent = Agent(self.config, self.identity, store, profile, spawn)
             self.agent = agent
+            agent.refused_engines = refused
             try:
                 await self._begin(agent, listening)
                 parting = self.parting = Parting(agent, self._may_go)
@@ -226,7 +228,7 @@ class Daemon:
         """None was found at start; one may have been installed since, or been unlucky then."""
         if not self._measuring.due("engines", time.monotonic()):
             return
-        if engines := await survey.engines(self.config):
+        if engines := await survey.engines(self.config, agent.refused_engines):
             profile = await asyncio.to_thread(survey.profile, self.config, agent.me, engines)
             mine = agent.profiles[agent.me]
             known = {"links": mine.links, "unreachable": mine.unreachable, "ports": mine.ports}

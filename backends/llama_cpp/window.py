@@ -52,6 +52,8 @@ def offloaded(gpu_layers: int) -> int:
 def check_cache(settings: Settings, header: Header) -> None:
     """Refuse a KV cache that this model cannot have. Raises BackendFault, naming the setting."""
     possible = kv_types(header)
+    if settings.kv_type == "f32":  # no model needs it: engines are compared with it
+        return
     if settings.kv_type not in possible:
         raise BackendFault(
             f"this model's KV cache cannot be of type {settings.kv_type}: "
