@@ -1,9 +1,7 @@
 """What a split takes: seconds and bytes, from profiles and a model's shape. Pure.
 
-Decoding reads every active weight once for a token, so a layer's time is what was measured for its
-kind, and grows with the KV cache that is read beside it. One token visits the windows one after
-another: TPOT is the sum of all windows and hops, and of the disk time that nothing hides. How long
-a prompt takes is `pipeline`'s.
+One token visits the windows one after another: TPOT is the sum of all windows (see `abilities`) and
+hops, and of the disk time that nothing hides. How long a prompt takes is `pipeline`'s.
 
 Many answers. Groups of them are in flight in all stages at once: what counts is the slowest stage
 or link. A step of a group reads weights once for all its rows, and beside it prompts are read.
@@ -17,9 +15,8 @@ E = max(0, k D - (k - 1) (T - busy)), and the buffer cannot be larger than what 
 for. T, the time of a token, stands on both sides: `token_s` finds the least one. (halka's own: the
 paper lets nothing overlap, so its objective can never prefer k > 1; arXiv:2504.08791, section 3.2.)
 
-Left to itself the kernel drops what was used for the longest time, and a cyclic scan of 400 MiB
-within 300 MiB reads all 400 again, every time. That only X or k F bytes are read is the stage's
-doing: see `ring.residence`, which was measured to read what is said here.
+Left to itself the kernel would read all of a cyclic scan again. That only X or k F bytes are read
+is the stage's doing: see `ring.residence`, which was measured to read what is said here.
 
 Throttling. A control group that allows a share of the processor's time does not slow a short turn
 down, but T cannot be less than the turn divided by the share.
@@ -39,7 +36,6 @@ from peer.planning.abilities import GPU_HEADROOM_BYTES as GPU_HEADROOM_BYTES
 from peer.planning.abilities import Able as Able
 from peer.planning.abilities import Floats as Floats
 from peer.planning.abilities import Size as Size
-from peer.planning.kv import sized
 from peer.planning.pipeline import (
     GROUP_TOKENS,
     NOTHING,
@@ -60,6 +56,7 @@ from peer.planning.problems import Problem as Problem
 from peer.planning.problems import compute_bytes as compute_bytes
 from peer.planning.problems import cut_off as cut_off
 from peer.planning.problems import logits_bytes as logits_bytes
+from peer.planning.problems import of_split as of_split
 from peer.planning.problems import problem as problem
 from peer.planning.profile import ModelShape, Profile
 
@@ -374,13 +371,6 @@ def _ways(of: Problem, order: Sequence[int], rounds: int) -> Ways:
     )
 
 
-def of_split(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Problem:
-    """What these peers could do with the model in a split's size, and with its engines."""
-    size = Size(split.context, split.kv_cells, split.batch_tokens, split.kv_type)
-    backends = {window.peer_id: window.backend for window in split.windows}
-    return problem(profiles, sized(shape, split.kv_type), size, backends)
-
-
 def forecast(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Forecast | None:
     """What a split would do with these profiles; None where one of its peers is not among them, has
     its engine no more, or cannot hold its windows."""
@@ -389,15 +379,13 @@ def forecast(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Fo
     ring = list(dict.fromkeys(w.peer_id for w in split.windows))
     if not all(peer_id in index for peer_id in ring):
         return None
-    parts = []
-    for peer_id in ring:
+    parts, order = [], [index[peer_id] for peer_id in ring]
+    for at, peer_id in zip(order, ring, strict=True):
         mine = [w for w in split.windows if w.peer_id == peer_id]
         layers = mine[0].gpu_layers if mine[0].gpu_layers >= 0 else shape.layers
-        able = of.peers[index[peer_id]]
-        found = part(of, able, [(w.first, w.last) for w in mine], layers)
+        found = part(of, of.peers[at], [(w.first, w.last) for w in mine], layers)
         if found is None:
             return None
         parts.append(found)
-    order = [index[peer_id] for peer_id in ring]
     chunk_tokens = split.chunk_tokens or split.batch_tokens
     return evaluate(of, order, len(split.windows) // len(ring), parts, chunk_tokens)

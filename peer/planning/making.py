@@ -14,10 +14,10 @@ from itertools import pairwise
 from msgspec.structs import replace
 
 from peer.errors import NoPlan, ProtocolError
-from peer.planning import costs, drafts, reasons, trust
+from peer.planning import costs, drafts, reasons, together, trust
 from peer.planning.plan import Forecast, LeftOut, Plan, PlanId, PlanState, Split, check
 from peer.planning.profile import ModelOffer, ModelShape, Profile
-from peer.planning.split import Wishes, solve
+from peer.planning.wishes import Wishes
 from peer.protocol import Plans, decode_control, encode
 
 
@@ -187,7 +187,7 @@ def _make(question: Question, shape: ModelShape, barred: Mapping[str, str]) -> P
     if barred and not profiles:
         return excuses
     try:
-        split = solve(profiles, shape, _wishes(question, profiles, shape))
+        split = together.solve(profiles, shape, _wishes(question, profiles, shape))
     except NoPlan as error:
         return f"{error}" + (f". {excuses}" if excuses else "")
     out = tuple(LeftOut(p, why) for p, why in barred.items() if p in members.present)
@@ -230,7 +230,7 @@ def _before(question: Question, shape: ModelShape) -> Plan | None:
     now = next((plan for plan in question.current if plan.shape == shape), None)
     profiles = able(question, shape)
     here = {profile.peer_id for profile in profiles}
-    ends = now is not None and (not here.issuperset(now.ring) or _broken(profiles, now))
+    ends = now is not None and (not here.issuperset(now.peers) or _broken(profiles, now))
     return now if ends else None
 
 
@@ -245,10 +245,11 @@ def _only_leaves(question: Question, now: Plan) -> str:
     """The peers that go away from the ring of a plan with which nothing else is wrong, or ""."""
     members = question.members
     barred = question.barred.get(now.shape.digest, {})
-    ring = [members.profiles[p] for p in now.ring if p in members.present and p in members.profiles]
+    here = members.present & members.profiles.keys()
+    ring = [members.profiles[p] for p in now.peers if p in here]
     leaving = [profile.name for profile in ring if profile.leaving]
     wrong = any(trust.fault(p) or p.peer_id in barred for p in ring) or _broken(ring, now)
-    if not leaving or wrong or len(ring) < len(now.ring):
+    if not leaving or wrong or len(ring) < len(now.peers):
         return ""
     return (
         " and ".join(leaving)
@@ -270,14 +271,14 @@ def _gain(question: Question, now: Plan, made: Plan) -> str:
     """Why a plan is worth to replace the one of now, or ""."""
     profiles = able(question, now.shape)
     here = {profile.peer_id for profile in profiles}
-    if gone := [peer_id for peer_id in now.ring if peer_id not in here]:
+    if gone := [peer_id for peer_id in now.peers if peer_id not in here]:
         away = next((p.name for p in question.members.here if p.leaving and p.peer_id in gone), "")
         return f"{away} goes away" if away else f"peer {gone[0]} is done without"
-    if wrong := next((p for p in profiles if p.peer_id in now.ring and trust.fault(p)), None):
+    if wrong := next((p for p in profiles if p.peer_id in now.peers and trust.fault(p)), None):
         return trust.fault(wrong)
     if apart := _broken(profiles, now):
         return apart
-    if any(profile.spread_all for profile in profiles) and set(made.ring) > set(now.ring):
+    if any(profile.spread_all for profile in profiles) and set(made.peers) > set(now.peers):
         return "every peer takes part"
     mine = question.members.profiles.get(question.me)
     wanted = min(mine.context_wanted if mine else 0, now.shape.context or math.inf)
@@ -317,7 +318,7 @@ def as_it_runs(profiles: Sequence[Profile], plan: Plan) -> Forecast | None:
     """The forecast of a plan that is loaded already: what its peers have free now is what they have
     besides, so their memory is not asked for; only what is read from disk depends on it."""
     if not any(window.streamed_bytes for window in plan.split.windows):
-        profiles = [_roomy(p) if p.peer_id in plan.ring else p for p in profiles]
+        profiles = [_roomy(p) if p.peer_id in plan.peers else p for p in profiles]
     return costs.forecast(profiles, plan.shape, plan.split)
 
 

@@ -20,7 +20,7 @@ from peer.errors import CommandError, NoPlan
 from peer.planning import costs, making
 from peer.planning.plan import Forecast, Split
 from peer.planning.profile import Profile
-from peer.planning.split import solve
+from peer.planning.together import solve
 from peer.words import cables, forecast, paces, plan, profiles, shapes, whatif
 from peer.words.agent import Agent
 from peer.words.basis import Basis, KnownModel, TimedRing, find, labels
@@ -160,18 +160,18 @@ def _seen(
     expected: Forecast | None,
     timed: TimedRing | None = None,
 ) -> Seen:
-    return Seen(
-        case.model.shape, split, expected, timed or TimedRing(), labels(peers), _gpus(peers)
-    )
+    gpus = _gpus(peers, split)
+    return Seen(case.model.shape, split, expected, timed or TimedRing(), labels(peers), gpus)
 
 
-def _gpus(peers: Sequence[Profile]) -> Mapping[str, tuple[str, str]]:
-    """(device, kind) of each peer's GPU that its engine can use."""
+def _gpus(peers: Sequence[Profile], split: Split) -> Mapping[str, tuple[str, str]]:
+    """(device, kind) of the GPU that the engine of each peer's windows can use."""
+    backends = {window.peer_id: window.backend for window in split.windows}
     return {
         peer.peer_id: (engine.device, engine.kind)
         for peer in peers
         for engine in reversed(peer.engines)
-        if engine.kind != "cpu" and engine.backend == peer.engines[0].backend
+        if engine.kind != "cpu" and engine.backend == backends.get(peer.peer_id)
         and engine.memory_free_bytes
     }  # fmt: skip
 

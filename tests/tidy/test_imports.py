@@ -42,6 +42,7 @@ PURE = {
     "peer.ring.tempo", "peer.ring.speculation",
     "peer.ring.scheduler", "peer.ring.scheduler_events", "peer.ring.batching", "peer.ring.slots",
     "peer.ring.generation", "peer.ring.lease", "peer.ring.endings",
+    "peer.planning.islands", "peer.planning.together",
     "peer.planning.trials", "peer.planning.drafts", "peer.models.tokenizers",
     "peer.planning.proof",
     "peer.planning.thunderbolt",
