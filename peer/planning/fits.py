@@ -13,7 +13,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from backends.base import BackendFault, Engine, Header
-from peer.planning.profile import ENGINE_NAMES, Fit
+from peer.planning.profile import Fit, engine_name
 
 ASKED = ("mlx",)  # backends; all others run every model, as it is
 _WHY_MAX = 300
@@ -37,7 +37,7 @@ def _fit(
     backend: str,
     weights: Literal["auto", "small"],
 ) -> Fit:
-    name = ENGINE_NAMES.get(backend, backend)
+    name = engine_name(backend)
     try:
         able = load(backend).can_run(header, weights)
     except (

@@ -8,7 +8,10 @@ from types import MappingProxyType
 
 import numpy as np
 
+from peer.planning import islands
 from peer.planning.abilities import Able, Floats, Size, able
+from peer.planning.kv import sized
+from peer.planning.plan import Split
 from peer.planning.profile import Link, ModelShape, Profile
 
 HOP_S = 2e-4  # of the two stages' Python and ZeroMQ around a frame, beyond the wire
@@ -71,6 +74,14 @@ def problem(
         shape, size, peers, ways(bytes_hop), ways(bytes_chunk), ways(0), wire,
         compute_bytes(shape, size), logits_bytes(shape, size),
     )  # fmt: skip
+
+
+def of_split(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Problem:
+    """What these peers could do with the model in a split's size, with its engines and islands."""
+    size = Size(split.context, split.kv_cells, split.batch_tokens, split.kv_type)
+    backends = {window.peer_id: window.backend for window in split.windows}
+    as_peers = islands.seen(profiles, shape, split)
+    return problem(as_peers, sized(shape, split.kv_type), size, backends)
 
 
 def compute_bytes(shape: ModelShape, size: Size) -> int:

@@ -42,6 +42,11 @@ def is_key(text: str) -> bool:
     )
 
 
+def engine_name(backend: str) -> str:
+    """For people: MLX, llama.cpp."""
+    return ENGINE_NAMES.get(backend, backend)
+
+
 class Value(msgspec.Struct, frozen=True, omit_defaults=True):
     """Base of all values: immutable, comparable, storable as JSON; unknown fields are skipped."""
 
@@ -264,7 +269,7 @@ class ModelShape(Value, frozen=True):
 
     def refused(self, fit: Fit, weights: str) -> str:
         """Why a backend does not run the model with such a fit, in words that name it, or ""."""
-        name = ENGINE_NAMES.get(fit.backend, fit.backend)
+        name = engine_name(fit.backend)
         if fit.how == "no":
             return fit.why if name in fit.why else f"{name} does not run it: {fit.why}"
         if fit.how == "approximate" and weights == "exact":

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Recipe
+from backends.base import Header, Recipe
 from peer.errors import PartError
 from peer.models import disk, gguf
 from peer.models.manifest import (
@@ -121,6 +121,21 @@ class RandomLayers:
     def _remove(self, name: str) -> None:
         (self.folder / self._manifest.part(name).file).unlink(missing_ok=True)
         self._made.pop(name, None)
+
+
+def as_filled(header: Header, trial: Trial) -> Header:
+    """The header with each layer of a trial's window as that of which it has the tensors."""
+    tensors = dict(header.tensors)
+    for layer, source in zip(range(trial.first, trial.last), trial.sources, strict=True):
+        here, there = f"blk.{layer}.", f"blk.{source}."
+        if layer == source:
+            continue
+        for name in [name for name in tensors if name.startswith(here)]:
+            del tensors[name]
+        for name, fact in header.tensors.items():
+            if name.startswith(there):
+                tensors[here + name.removeprefix(there)] = fact
+    return Header(header.metadata, tensors)
 
 
 def sweep(folder: Path) -> None:

@@ -10,7 +10,7 @@ from peer.planning import coarse, costs, halda
 from peer.planning.costs import Able, Problem, Size
 from peer.planning.halda import Ring, Wanted
 from peer.planning.plan import PlanWindow, Split
-from peer.planning.profile import ENGINE_NAMES, ModelShape, Profile
+from peer.planning.profile import ModelShape, Profile, engine_name
 from peer.planning.wishes import Wishes
 
 _FORCED_MAX = 6  # peers of a ring for which it is reckoned out what one more would do
@@ -52,7 +52,7 @@ def engines(of: Problem, ring: Ring) -> str:
     for able in (of.peers[at] for at in ring.order):
         fit = of.shape.fit(able.backend, able.profile.weights)
         if fit and fit.how == "approximate":
-            name = ENGINE_NAMES.get(fit.backend, fit.backend)
+            name = engine_name(fit.backend)
             said += f"; {name} on {able.profile.name} is approximate: {fit.why}"
     return said[:600]
 
@@ -125,6 +125,8 @@ def least_bytes(of: Problem, able: Able) -> int:
 def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wishes) -> str:
     """What is missing for the smallest size, and the smallest thing that would help."""
     of = costs.problem(able, shape, size)
+    if not of.peers:
+        return f"no peer that is left can run {shape.model}: start another one"
     largest = max(of.peers, key=lambda a: (a.memory_bytes, a.peer_id))
     name, has = largest.profile.name, largest.memory_bytes
     compute, whole = of.compute_bytes, _whole_bytes(of, largest)

@@ -91,7 +91,9 @@ class Speeds:
 
     def _key(self, config: Config, shape: ModelShape, engines: Sequence[EngineProfile]) -> str:
         here = machine(engines, threads(config))
-        parts = (signature(shape, config.home / "models" / shape.digest), here)
+        parts: list[object] = [signature(shape, config.home / "models" / shape.digest), here]
+        if fit := shape.fit(here.backend, config.weights):  # the setting decides what is computed
+            parts.append(fit)
         key = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
         self._keys[f"{shape.digest} {here.backend}"] = key
         return key

@@ -32,7 +32,7 @@ from backends.base import (
 )
 from peer.planning import trials
 from peer.planning.profile import ModelShape, Speed
-from peer.planning.random_layers import RandomLayers
+from peer.planning.random_layers import RandomLayers, as_filled
 from peer.planning.trials import Sample, Trial, by_kind, is_free, quick_s
 from peer.protocol import Sampling
 from peer.ring.sampling import Sampler
@@ -237,7 +237,7 @@ class Stopwatch:
         try:
             files = self._layers.place(trial, recipe)
             total = self._shape.layers
-            told = _as_filled(self._header, trial), files.files, files.embed, files.places
+            told = as_filled(self._header, trial), files.files, files.embed, files.places
             window = Window(trial.first, trial.last, total, *told)
             backend.load(window)
             yield _Run(backend, window, self._ids if window.is_first else self._rows)
@@ -360,21 +360,6 @@ class _Run:
         positions = np.arange(position, position + rows, dtype=np.int32)
         batch = Batch(np.zeros(rows, dtype=np.int32), positions, outputs)
         self.backend.run(self.window, batch, self.given[at : at + rows])
-
-
-def _as_filled(header: Header, trial: Trial) -> Header:
-    """The header with each layer of a trial's window as that of which it has the tensors."""
-    tensors = dict(header.tensors)
-    for layer, source in zip(range(trial.first, trial.last), trial.sources, strict=True):
-        here, there = f"blk.{layer}.", f"blk.{source}."
-        if layer == source:
-            continue
-        for name in [name for name in tensors if name.startswith(here)]:
-            del tensors[name]
-        for name, fact in header.tensors.items():
-            if name.startswith(there):
-                tensors[here + name.removeprefix(there)] = fact
-    return Header(header.metadata, tensors)
 
 
 def timed(step: Callable[[], object]) -> Sample:

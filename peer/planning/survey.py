@@ -39,7 +39,7 @@ from peer.planning.profile import (
 __all__ = [
     "Survey", "available_bytes", "backends_of", "clean_name", "control_group_bytes", "cores",
     "disk_free_bytes", "disk_read_bytes_per_s", "engines", "measure", "no_engine", "profile",
-    "shape", "spare_bytes", "speeds", "teller", "threads",
+    "shape", "spare_bytes", "speeds", "teller", "threads", "with_engines",
 ]  # fmt: skip
 
 log = logging.getLogger("halka.planning")
@@ -81,8 +81,12 @@ def backends_of(config: Config, system: str = sys.platform) -> tuple[str, ...]:
 
 def no_engine(system: str = sys.platform) -> str:
     """That nothing is installed, and what to install on this system."""
-    extras = "llama,mlx" if system == "darwin" else "llama"
-    return f"no engine is installed: pip install 'halka[{extras}]' in halka's environment"
+    return f"no engine is installed: {with_engines(system)} in halka's environment"
+
+
+def with_engines(system: str = sys.platform) -> str:
+    """The command that installs halka with the engines for this system."""
+    return f"pip install 'halka[{'llama,mlx' if system == 'darwin' else 'llama'}]'"
 
 
 def teller(backends: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from peer.planning.pipeline import in_flight
 from peer.planning.plan import Forecast, PeerForecast, PlanWindow, Split
-from peer.planning.profile import ModelShape
+from peer.planning.profile import ModelShape, engine_name
 from peer.words import ring
 from peer.words.basis import TimedRing
 from peer.words.screen import Screen, count, moment, size
@@ -258,7 +258,7 @@ def _work(seen: Seen, peer: PeerForecast) -> str:
 def _memory(seen: Seen, peer_id: str) -> str:
     """Which engines, how much memory, and what is really used."""
     engines = dict.fromkeys(window.backend for window in seen.windows(peer_id))
-    text = f"{'+'.join(engines)}, planned {size(seen.memory_bytes(peer_id))}"
+    text = f"{'+'.join(map(engine_name, engines))}, planned {size(seen.memory_bytes(peer_id))}"
     peer = seen.forecast_of(peer_id)
     if peer and peer.gpu_bytes:
         _, kind = seen.gpus.get(peer_id, ("", ""))

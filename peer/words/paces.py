@@ -37,27 +37,29 @@ def weights_per_byte(shape: ModelShape) -> float:
     return 8 / _BITS.get(found[1] if found else "", _BITS_USUAL)
 
 
-def made(shape: ModelShape, backend: str, kind: str, pace: Pace, threads: int) -> Speed:
+def made(
+    shape: ModelShape, held: ModelShape, backend: str, kind: str, pace: Pace, threads: int
+) -> Speed:
     """What an engine of this pace takes for the model's layers: each token reads all active
-    weights once, and each token of a prefill multiplies and adds once for each of them."""
+    weights once, as the engine holds them, and each token of a prefill multiplies and adds once for
+    each of them."""
     rate = pace.bytes_per_s or abilities.USUAL_BYTES_PER_S.get(
         kind, abilities.USUAL_BYTES_PER_S["cpu"]
     )
     operations = pace.operations_per_s or abilities.USUAL_OPERATIONS_PER_S.get(
         kind, abilities.USUAL_OPERATIONS_PER_S["cpu"]
     )
-    each = weights_per_byte(shape)
-    active = _active(shape)
+    each, active = weights_per_byte(shape), _active(shape)
     return Speed(
         digest=shape.digest,
         backend=backend,
         kind=kind,
         threads=threads,
-        decode_s=tuple(weight / rate for weight in active),
+        decode_s=tuple(weight / rate for weight in _active(held)),
         prefill_s=tuple(2 * each * weight * PREFILL_TOKENS / operations for weight in active),
         prefill_tokens=PREFILL_TOKENS,
         window_s=WINDOW_S,
-        output_s=(shape.output_bytes or shape.embed_bytes) / rate,
+        output_s=(held.output_bytes or held.embed_bytes) / rate,
     )
 
 
@@ -69,9 +71,10 @@ def _active(shape: ModelShape) -> list[int]:
 
 def paced(profile: Profile, shape: ModelShape, paces: Mapping[str, Pace]) -> Profile:
     """The profile with speeds for this model, by kind of processor, where it has none yet."""
-    backend = profile.engines[0].backend if profile.engines else ""
+    backend = profile.engine_for(shape)
+    held = shape.in_memory(backend, profile.weights)
     new = tuple(
-        made(shape, backend, kind, pace, profile.threads)
+        made(shape, held, backend, kind, pace, profile.threads)
         for kind, pace in paces.items()
         if profile.speed(shape.digest, backend, kind) is None
     )
@@ -83,8 +86,8 @@ def carried(
 ) -> tuple[Profile, bool]:
     """The profile with speeds for this model, reckoned from another model's where only that was
     measured; and whether that was so. known: shapes by digest."""
-    paces = {}
-    for engine in profile.engines:
+    paces, backend = {}, profile.engine_for(shape)
+    for engine in (each for each in profile.engines if each.backend == backend):
         if profile.speed(shape.digest, engine.backend, engine.kind) is None:
             pace = _seen(profile, engine.backend, engine.kind, known)
             if pace is not None:
@@ -100,12 +103,12 @@ def _seen(
         other = known.get(speed.digest)
         if other is None or (speed.backend, speed.kind) != (backend, kind):
             continue
-        active = _active(other)
+        active, held = _active(other), _active(other.in_memory(backend, profile.weights))
         decode_s, prefill_s = _sum(speed.decode_s, len(active)), _sum(speed.prefill_s, len(active))
         if decode_s > 0 and prefill_s > 0 and speed.prefill_tokens:
             factor = speed.correction or 1.0
             operations = 2 * weights_per_byte(other) * sum(active) * speed.prefill_tokens
-            return Pace(sum(active) / (decode_s * factor), operations / (prefill_s * factor))
+            return Pace(sum(held) / (decode_s * factor), operations / (prefill_s * factor))
     return None
 
 
@@ -116,7 +119,7 @@ def _sum(times_s: Sequence[float], kinds: int) -> float:
 
 def faster(profile: Profile, shape: ModelShape, factor: float) -> Profile:
     """All speeds times `factor`; those of this model from what is usual where none is measured."""
-    backend = profile.engines[0].backend if profile.engines else ""
+    backend = profile.engine_for(shape)
     kinds = {engine.kind for engine in profile.engines if engine.backend == backend} | {"cpu"}
     profile = paced(profile, shape, dict.fromkeys(sorted(kinds), Pace()))
     return replace(profile, speeds=tuple(_times(speed, 1 / factor) for speed in profile.speeds))

@@ -69,11 +69,11 @@ def shape_of_file(path: Path, config: Config) -> ModelShape:
     if not engines:
         raise CommandError(
             f"{path}: only an engine knows where a model may be cut, and none is installed here",
-            "pip install 'halka[llama]' in halka's environment, or --model 8B:q4_k_m",
+            f"{survey.with_engines()} in halka's environment, or --model 8B:q4_k_m",
         )
     with tempfile.TemporaryDirectory(prefix="halka-plan-") as root:
         try:
             folder = import_head(path, Path(root))
-            return asyncio.run(survey.shape(engines[0], folder))
+            return asyncio.run(survey.shape(survey.teller(engines), folder))
         except ModelError as error:
             raise CommandError(str(error), exit_code=2) from None

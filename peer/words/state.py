@@ -61,6 +61,8 @@ class PeerState(msgspec.Struct, frozen=True):
     compute_bytes: int = 0
     why: str = ""
     leaving: bool = False  # as soon as others have taken over
+    backend: str = ""  # that runs its windows
+    on_gpu: bool = False  # so far as there is one
 
     @property
     def memory_bytes(self) -> int:
@@ -78,6 +80,7 @@ class ModelState(msgspec.Struct, frozen=True):
     phase: str = "none"  # none | loading | linking | serving
     plan: str = ""
     why: str = ""
+    approximate: str = ""  # whose engine computes with rounded weights
 
 
 class Answers(msgspec.Struct, frozen=True):

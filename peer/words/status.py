@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 
 from peer.errors import CommandError
+from peer.planning.profile import engine_name
 from peer.words import ring
 from peer.words.agent import Agent
 from peer.words.screen import Screen, cells_of, count, duration, note, say, size
@@ -112,6 +113,8 @@ def _model(status: Status, screen: Screen) -> list[str]:
     out = [text, f"         {screen.paint(phase, style)}{plan}"]
     if model.why and model.phase != "serving":
         out += screen.wrap(model.why, "         ")
+    if model.approximate:
+        out += screen.wrap(model.approximate, "         ")
     return [*out, *ring.draw(screen, model.layers, rows(status)), ""]
 
 
@@ -147,9 +150,19 @@ def _about(peer: PeerState, screen: Screen) -> str:
         free, total = size(peer.memory_available_bytes), size(peer.memory_total_bytes)
         free = free.removesuffix(total[-4:])  # 9.0 of 16.0 GiB
         facts.append(f"{free} of {total} free")
-    facts += [e.device for e in peer.engines if e.kind not in ("cpu", "")]
+    facts += _engines(peer)
     facts.append(peer.address.removeprefix("tcp://"))
     return ", ".join(screen.clean(fact) for fact in facts if fact)
+
+
+def _engines(peer: PeerState) -> list[str]:
+    """The engine of its layers and the GPU that it uses; without layers, its GPUs."""
+    cards = [e for e in peer.engines if e.kind not in ("cpu", "")]
+    if not peer.backend:
+        return [*dict.fromkeys(card.device for card in cards)]
+    used = [card.device for card in cards if card.backend == peer.backend and peer.on_gpu]
+    name = engine_name(peer.backend)
+    return [f"{name} on {device}" for device in dict.fromkeys(used)] or [name]
 
 
 def _losses(status: Status, screen: Screen) -> list[str]:

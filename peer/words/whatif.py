@@ -195,15 +195,18 @@ def _with_memory(profile: Profile, edit: Edit) -> Profile:
 
 
 def _with_gpu_memory(profile: Profile, edit: Edit) -> Profile:
-    at = next((i for i, e in enumerate(profile.engines) if e.kind != "cpu"), -1)
-    if at < 0:
+    cards = {}  # of several engines, the same one again
+    for at, engine in reversed([*enumerate(profile.engines)]):
+        if engine.kind != "cpu":
+            cards[engine.backend] = at
+    if not cards:
         raise _usage(f"--with {profile.name}:gpu_memory: {profile.name} has no GPU")
-    engine = profile.engines[at]
-    free = int(_new(engine.memory_free_bytes, edit, profile.name))
-    changed = replace(
-        engine, memory_free_bytes=free, memory_total_bytes=max(free, engine.memory_total_bytes)
-    )
-    return replace(profile, engines=(*profile.engines[:at], changed, *profile.engines[at + 1 :]))
+    engines = [*profile.engines]
+    for at in cards.values():
+        free = int(_new(engines[at].memory_free_bytes, edit, profile.name))
+        total = max(free, engines[at].memory_total_bytes)
+        engines[at] = replace(engines[at], memory_free_bytes=free, memory_total_bytes=total)
+    return replace(profile, engines=tuple(engines))
 
 
 def _own(profile: Profile, engine: EngineProfile) -> bool:

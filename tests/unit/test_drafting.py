@@ -230,12 +230,15 @@ def test_a_head_goes_on_without_a_model_that_cannot_be_loaded(
     def order(peer: str, draft: Path | str) -> StageOrder:
         return StageOrder(PlanState(plan, "loading"), peer, str(folder), 2, draft_folder=str(draft))
 
-    found = drafting.of_head(engine, order(PEERS[0], folder))
+    found = drafting.of_head(engine, order(PEERS[0], folder), backends.load)
     assert found is not None
     assert engine.settings == Settings(drafts.SLOTS, 4096, drafts.BATCH_TOKENS, 2, 0)
     found.close()
-    assert drafting.of_head(engine, order(PEERS[0], "")) is None
-    assert drafting.of_head(engine, order(PEERS[1], folder)) is None  # not the head
+    assert drafting.of_head(engine, order(PEERS[0], ""), backends.load) is None
+    assert drafting.of_head(engine, order(PEERS[1], folder), backends.load) is None  # not the head
     assert caplog.text == ""
-    assert drafting.of_head(engine, order(PEERS[0], home / "models" / ("0" * 64))) is None
+    assert (
+        drafting.of_head(engine, order(PEERS[0], home / "models" / ("0" * 64)), backends.load)
+        is None
+    )
     assert "draft=none" in caplog.text

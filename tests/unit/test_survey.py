@@ -74,10 +74,10 @@ async def test_a_damaged_model_is_a_reason_and_not_a_crash(config: Config, folde
 
 
 async def test_a_backend_that_is_not_there_is_named(config: Config) -> None:
-    found = await survey.measure(changed(config, backend="mlx"))
+    found = await survey.measure(changed(config, backend="abacus"))
     assert found.engines == ()
-    assert "mlx" in found.faults["mlx"]
-    assert await survey.engines(changed(config, backend="mlx")) == ()
+    assert "abacus" in found.faults["abacus"]
+    assert await survey.engines(changed(config, backend="abacus")) == ()
 
 
 def found_in(folder: Path, *patterns: str) -> list[str]:
@@ -163,8 +163,8 @@ async def test_a_speed_that_cannot_be_measured_is_a_reason(config: Config, folde
     (folder / "head.gguf").unlink()
     with pytest.raises(BackendError, match="missing"):
         await survey.speeds(config, folder, shape)
-    with pytest.raises(BackendError, match="mlx"):
-        await survey.speeds(changed(config, backend="mlx"), folder, shape)
+    with pytest.raises(BackendError, match="abacus"):
+        await survey.speeds(changed(config, backend="abacus"), folder, shape)
 
 
 async def test_an_answer_that_comes_ends_measuring_at_once(

@@ -83,7 +83,7 @@ def test_what_the_plan_takes_stands_beside_what_it_took(
     assert "many answers at once share up to 25 tokens a second" in shown
     assert re.search(r"desk: 19 layers on the CPU, 40.1 ms a token predicted, 42.1 ms\s", shown)
     assert (
-        "attic: 5 layers on the CPU, 25.1 ms a token\n    llama_cpp, planned 1.1 GiB, usable"
+        "attic: 5 layers on the CPU, 25.1 ms a token\n    llama.cpp, planned 1.1 GiB, usable"
         in shown
     )
     assert "Without layers\n  mini: with mini a token would take 73 ms" in shown
@@ -128,7 +128,7 @@ def test_a_plan_of_an_older_agent_is_shown_without_a_forecast(
     del agent.answers["/halka/plan"]["forecast"], agent.answers["/halka/plan"]["timed"]
     shown = words(capsys)
     assert "TPOT" not in shown
-    assert "desk: llama_cpp, planned 3.8 GiB, usable 9.0 GiB" in shown
+    assert "desk: llama.cpp, planned 3.8 GiB, usable 9.0 GiB" in shown
 
 
 def seen_of(plan_changes: dict[str, Any], expected: Forecast | None = None) -> Seen:
@@ -161,7 +161,7 @@ def test_layers_on_a_gpu_and_layers_from_disk_are_drawn_and_told() -> None:
     ]
     assert forecast.peers(seen, Screen(width=100))[:4] == [
         "  desk: 12 layers, 8 of them on RTX 3070, 4.0 ms a token",
-        "    llama_cpp, planned 1.0 GiB, 2.0 GiB on the GPU besides",
+        "    llama.cpp, planned 1.0 GiB, 2.0 GiB on the GPU besides",
         "  attic: 12 layers on the CPU, 60.0 ms a token (usual for its kind, not measured); reads "
         "600.0 MiB",
         "    from disk for each token, and waits 300 ms for it",
