@@ -9,11 +9,13 @@ from pathlib import Path
 
 import zmq
 
+from peer.meeting import connecting
 from peer.models.manifest import Manifest
 from peer.models.parts import shape_of
 from peer.models.store import Store
+from peer.planning.duty_events import ConnectStage
 from peer.planning.plan import Plan, PlanId, PlanState, PlanWindow, Split, StageLink
-from peer.protocol import Sampling, StageConnect, StageNews
+from peer.protocol import Sampling, StageNews
 from peer.ring.entry import Entry
 from peer.ring.generation import Give, Offer, Patience
 from peer.ring.lease import Bounds
@@ -50,7 +52,7 @@ class Ring:
         self.news: dict[str, StageNews] = {}
         self.exits: dict[str, str] = {}
         self.changed = asyncio.Event()
-        self.supervisors = {peer: self._supervisor(peer) for peer in plan.ring}
+        self.supervisors = {peer: self._supervisor(peer) for peer in plan.peers}
         public, secret = zmq.curve_keypair()
         self.key = public.decode()
         self.entry = Entry(public, secret, Patience(silence_s=20.0, plan_s=1.0))
@@ -69,7 +71,7 @@ class Ring:
 
     async def until(self, *phases: str) -> None:
         """Wait until every stage is in one of the phases."""
-        while not all(self.news.get(p) and self.news[p].phase in phases for p in self.plan.ring):
+        while not all(self.news.get(p) and self.news[p].phase in phases for p in self.plan.peers):
             assert not self.exits, self.exits
             self.changed.clear()
             await asyncio.wait_for(self.changed.wait(), 60)
@@ -88,15 +90,13 @@ class Ring:
                 threads=threads, step_s=20.0, bind="127.0.0.1", admitted=(self.key,), draft=draft,
             )  # fmt: skip
         await self.until("ready")
-        ring = self.plan.ring
-        for i, peer in enumerate(ring):
-            after = self.news[ring[(i + 1) % len(ring)]]
-            self.supervisors[peer].send(
-                self.plan.id,
-                StageConnect(
-                    f"tcp://127.0.0.1:{after.ring_port}", after.key, self.news[ring[i - 1]].key
-                ),
-            )
+        plan = self.plan
+        for peer in plan.peers:
+            following, before = self.link(plan.after(peer)), self.link(plan.before(peer))
+            island = tuple(self.link(other) for other in plan.island_of(peer))
+            action = ConnectStage(plan.id, following, before.key, island)
+            order = connecting(action, peer, lambda _: "127.0.0.1")
+            self.supervisors[peer].send(plan.id, order)
         await self.until("linked")
         head = self.news[self.plan.head]
         self.entry.open(self.plan.id, f"tcp://127.0.0.1:{head.submit_port}", head.key)
@@ -110,7 +110,7 @@ class Ring:
     def link(self, peer: str) -> StageLink:
         """Where a stage listens."""
         news = self.news[peer]
-        return StageLink(peer, news.ring_port, news.key, news.submit_port)
+        return StageLink(peer, news.ring_port, news.key, news.submit_port, news.island_port)
 
     def answer(
         self, ids: Sequence[int], count: int, sampling: Sampling | None = None
