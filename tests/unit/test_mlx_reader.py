@@ -67,6 +67,7 @@ def test_a_tensor_beyond_its_file_is_refused(part: Path, offset: int) -> None:
     ("fact", "why"),
     [
         (TensorFact((32, 2), "Q8_0", 64), "64 bytes instead of 68; pull the model again"),
+        (TensorFact((32, 2), "Q8_0", 72), "72 bytes instead of 68; pull the model again"),
         (TensorFact((32, 2), "Q8_0", -68), "-68 bytes instead of 68"),
         (TensorFact((32, 2), "IQ4_NL", 36), "MLX has no tensors of type IQ4_NL"),
         (TensorFact((31, 2), "Q8_0", 68), "rows of 31 values do not divide"),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from backends.base import BackendFault, Weights
 from backends.mlx import blocks, repack
 from backends.mlx.repack import Dense, Packed
-from tests.random_blocks import by_gguf, random_tensor, shape_bytes
+from tests.random_blocks import ODD_SCALES, by_gguf, random_tensor, shape_bytes
 
 mx = pytest.importorskip("mlx.core", reason="the engine is not installed: pip install halka[mlx]")
 
@@ -228,13 +228,18 @@ def test_six_bits_in_eight_are_near_and_one_half_of_each_group_is_nearer() -> No
     assert error(dense_of("Q6_K", shape, data).values, expected) < 3e-4
 
 
-def test_six_bits_in_eight_survive_odd_scales() -> None:
+@pytest.mark.parametrize(("largest", "kept"), [(3.0, np.float16), (500.0, np.float32)])
+def test_six_bits_in_eight_survive_odd_scales(largest: float, kept: Any) -> None:
     shape = (512, 64)
-    data = random_tensor("Q6_K", shape, 13)
-    found = by_mlx(packed_of("Q6_K", shape, data, "small"))
+    data = random_tensor("Q6_K", shape, 13, ODD_SCALES[np.abs(ODD_SCALES) <= largest])
+    block = data.view(blocks.TYPES["Q6_K"].block)
+    block["d"][5:9], block["scales"][5:9] = 6e-8, 1  # steps of zero in float16
+    packed = packed_of("Q6_K", shape, data, "small")
+    assert packed.scales.dtype == kept
     expected = by_gguf("Q6_K", shape, data)
-    largest = np.abs(expected).reshape(-1, 32).max(axis=1, initial=4e-6)
-    assert (np.abs(found - expected).reshape(-1, 32) <= largest[:, None] * 0.02).all()
+    off = np.abs(by_mlx(packed) - expected).reshape(-1, 32)
+    bound = np.abs(expected).reshape(-1, 32).max(axis=1) * 0.02 + 128 * 3e-8  # half of float16's
+    assert (off <= bound[:, None]).all()  # smallest number, and 128 steps
 
 
 # Sizes ------------------------------------------------------------------------------------------
