@@ -222,7 +222,7 @@ class ChildBackend:
                 break
         lines = self._words.decode("utf-8", "replace").strip().splitlines()[-_LAST_LINES:]
         last = f" Its last words: {' | '.join(line.strip() for line in lines)}." if lines else ""
-        advice = f" {self._advice}" if self._advice else ""
+        advice = f" {self._advice}" if self._advice and kind == "failed" else ""
         self._fault = BackendFault(f"{self._title} {why} (in {call}).{last}{advice}", kind)
         self._kill()
         return self._fault

@@ -23,6 +23,7 @@ from backends.base import Backend, BackendFault, Batch, Settings, Window
 from backends.mlx import messages
 from backends.mlx.process import ChildBackend
 from tests import fake_models
+from tests.process_groups import alive, end
 from tests.unit.test_fake import PROMPT, window_of
 
 SETTINGS = Settings(slots=4, kv_cells=2048, batch_tokens=64, threads=1)
@@ -72,18 +73,6 @@ def story(backend: Backend, window: Window) -> list[NDArray[np.float32]]:
     return [np.array(logits) for logits in said]
 
 
-def group_of(pid: int) -> list[psutil.Process]:
-    """What is alive of a process group."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            continue
-    return found
-
-
 def test_a_backend_in_a_process_answers_as_one_that_is_not(window: Window) -> None:
     here = backends.load("fake").open(SETTINGS)
     used = here.load(window)
@@ -91,7 +80,7 @@ def test_a_backend_in_a_process_answers_as_one_that_is_not(window: Window) -> No
         assert there.load(window) == used
         for ours, theirs in zip(story(here, window), story(there, window), strict=True):
             assert np.array_equal(ours, theirs)
-    assert group_of(there.pid) == []
+    assert alive(there.pid) == []
 
 
 def test_what_the_engine_refuses_is_refused_and_it_goes_on(window: Window) -> None:
@@ -117,7 +106,7 @@ def test_a_crash_is_a_fault_that_says_why_and_every_later_call_says_it_too(
         for call in (lambda: backend.trim(0, 0), lambda: backend.load(window)):
             with pytest.raises(BackendFault, match=r"signal 6 .*in run"):
                 call()
-        assert group_of(backend.pid) == []
+        assert alive(backend.pid) == []
 
 
 @pytest.mark.parametrize("kind", ["sleep", "spin"])
@@ -128,7 +117,7 @@ def test_a_step_that_hangs_ends_by_its_deadline(window: Window, fault: Path, kin
         with pytest.raises(BackendFault, match="no answer in 1 seconds"):
             step(backend, window, PROMPT)
         assert STEP_S <= time.monotonic() - began_s < STEP_S + 5
-        assert group_of(backend.pid) == []
+        assert alive(backend.pid) == []
 
 
 def test_a_stopped_process_is_late_even_where_the_pipe_is_full(window: Window) -> None:
@@ -137,7 +126,7 @@ def test_a_stopped_process_is_late_even_where_the_pipe_is_full(window: Window) -
         x = np.zeros(1 << 20, np.int32)  # more than a pipe holds
         with pytest.raises(BackendFault, match="no answer in 1 seconds"):
             backend.run(window, batch_of([0], [0]), x)
-        assert group_of(backend.pid) == []
+        assert alive(backend.pid) == []
 
 
 class _Telling(ChildBackend):
@@ -167,7 +156,7 @@ def test_a_process_killed_in_mid_step_is_noticed_at_once(window: Window, fault: 
         with pytest.raises(BackendFault, match=r"was ended by signal 9"):
             step(backend, window, PROMPT)
         killer.join()
-        assert group_of(backend.pid) == []
+        assert alive(backend.pid) == []
     finally:
         backend.close()
 
@@ -184,34 +173,53 @@ def test_an_error_that_no_engine_should_make_is_quoted() -> None:
 
 
 PARENT = """
-import sys, time
-from backends.mlx import messages
+import sys
+import numpy as np
+from pathlib import Path
+from backends.base import Batch, Settings
 from backends.mlx.process import ChildBackend
-from backends.base import Settings
+from tests import fake_models
+from tests.unit.test_fake import window_of
+folder = Path(sys.argv[1])
+window = window_of(fake_models.write(folder / "m.gguf"), 0, 12, folder / "w")
 backend = ChildBackend("fake", Settings(slots=4, kv_cells=2048, batch_tokens=64, threads=1))
+backend.load(window)
 print(backend.pid, flush=True)
+one = np.zeros(1, np.int32)
+if sys.argv[2] == "computing":
+    backend.run(window, Batch(one, one, one == 0), one)
 sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["idle", "stopped"])
+@pytest.mark.parametrize("state", ["idle", "stopped", "computing"])
 @pytest.mark.blocks("it starts a process the plain way")
-async def test_a_process_does_not_outlive_its_parent(stopped: bool, until: Until) -> None:
+async def test_a_process_does_not_outlive_its_parent(
+    state: str, tmp_path: Path, fault: Path, until: Until
+) -> None:
+    fault.write_text("spin 0")  # noqa: ASYNC240
     parent = subprocess.Popen(  # noqa: ASYNC220
-        [sys.executable, "-c", PARENT],
+        [sys.executable, "-c", PARENT, str(tmp_path), state],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert parent.stdin
     assert parent.stdout
     pid = int(parent.stdout.readline())
-    assert len(group_of(pid)) == 2  # with its guard
-    if stopped:
-        os.kill(pid, signal.SIGSTOP)
-    parent.kill()
-    parent.wait()
-    parent.stdin.close()
-    parent.stdout.close()
-    await until(lambda: group_of(pid) == [], 10, "the process has ended with its parent")
+    try:
+        assert len(alive(pid)) == 2  # with its guard
+        if state == "stopped":
+            os.kill(pid, signal.SIGSTOP)
+        if state == "computing":
+            process = psutil.Process(pid)
+            before_s = process.cpu_times().user
+            await until(lambda: process.cpu_times().user > before_s + 0.1, 10, "it spins")
+        parent.kill()
+        parent.wait()
+        parent.stdin.close()
+        parent.stdout.close()
+        await until(lambda: alive(pid) == [], 10, "the process has ended with its parent")
+    finally:
+        end(pid)
 
 
 def test_what_libraries_print_does_not_come_as_an_answer() -> None:

@@ -1,0 +1,222 @@
+"""How the ranks of an island find each other, before MLX does.
+
+MLX's own way hangs: its first rank waits for a connection for ever, the others give up after 15
+seconds, and while they wait no other Python thread runs. So the ranks first meet here, over plain
+sockets at the first rank's address, each saying which island it belongs to; MLX is asked only when
+all are there. Whoever is missing is named. What is said decides nothing but the moment: it is a few
+bytes, checked, and answered with one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import select
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from backends.base import BackendFault, Island, Settings
+
+_HELLO = b"halka-island-1"
+_HELLO_BYTES = len(_HELLO) + 1 + 32
+_GO, _OTHER = b"G", b"O"
+_AGAIN_S = 0.1  # between two attempts to reach the first rank
+_WORD_S = 5.0  # for one that connected to say who it is
+
+VARIABLES = tuple(
+    f"{maker}_{name}"
+    for maker in ("MLX", "JACCL")
+    for name in (
+        "HOSTFILE", "RANK", "SIZE", "WORLD_SIZE", "IBV_DEVICES", "COORDINATOR", "RING",
+        "JACCL_COORDINATOR", "JACCL_RING", "RING_VERBOSE", "METAL_FAST_SYNCH",
+    )
+)  # fmt: skip
+"""Of MLX and JACCL, what decides who meets whom; and a mode that wedges GPUs (mlx issue 3142)."""
+
+
+def address_of(text: str) -> tuple[str, int]:
+    """The parts of "host:port". Raises BackendFault; MLX knows IPv4 only."""
+    host, _, port = text.rpartition(":")
+    if not host or ":" in host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise BackendFault(f"{text!r} is no address of an island: MLX meets at IPv4 host:port")
+    return host, int(port)
+
+
+def check(island: Island) -> None:
+    """Raises BackendFault where no island can be made of it."""
+    ranks = len(island.addresses)
+    if ranks < 2 or not 0 <= island.rank < ranks:
+        raise BackendFault(f"rank {island.rank} of an island of {ranks}")
+    for address in island.addresses:
+        address_of(address)
+    if not island.devices:
+        return
+    if len(island.devices) != ranks or any(len(row) != ranks for row in island.devices):
+        raise BackendFault("an island's RDMA devices are not a table of its ranks")
+    for i, row in enumerate(island.devices):
+        for j, device in enumerate(row):
+            if (device == "") != (i == j):
+                raise BackendFault(
+                    f"no RDMA from rank {i} to rank {j} of the island: MLX wants a Thunderbolt "
+                    "cable between every two of its Macs"
+                )
+
+
+@contextmanager
+def variables(island: Island) -> Iterator[Mapping[str, str]]:
+    """What MLX reads from the environment while it meets.
+
+    The table of hosts or devices is a file without a name, so nothing is left of it whatever dies.
+    """
+    rank = {"MLX_RANK": str(island.rank)}
+    with tempfile.TemporaryFile() as file:
+        path = f"/dev/fd/{file.fileno()}"
+        if island.devices:
+            table: object = [[device or None for device in row] for row in island.devices]
+            given = {
+                **rank, "MLX_IBV_DEVICES": path, "MLX_JACCL_COORDINATOR": island.addresses[0]
+            }  # fmt: skip
+        else:
+            table = [[address] for address in island.addresses]
+            given = {**rank, "MLX_HOSTFILE": path}
+        file.write(json.dumps(table).encode())
+        file.seek(0)
+        yield given
+
+
+def digest(settings: Settings) -> bytes:
+    """What all ranks of one island have in common."""
+    island = settings.island
+    assert island
+    said = json.dumps(
+        [
+            island.addresses, island.devices, settings.slots, settings.kv_cells,
+            settings.batch_tokens, settings.kv_type, settings.flash, settings.weights,
+        ]
+    )  # fmt: skip
+    return hashlib.sha256(said.encode()).digest()
+
+
+def meet(settings: Settings, limit_s: float) -> None:
+    """Return when all ranks are here. Raises BackendFault, naming who is not."""
+    island = settings.island
+    assert island
+    until_s = time.monotonic() + limit_s
+    if island.rank:
+        _go_to(island, digest(settings), until_s)
+    else:
+        _await_all(island, digest(settings), until_s)
+
+
+def _await_all(island: Island, ours: bytes, until_s: float) -> None:
+    here: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        door = stack.enter_context(_listening(island.addresses[0]))
+        while True:
+            here = {rank: line for rank, line in here.items() if _waits(line)}
+            missing = set(range(1, len(island.addresses))) - here.keys()
+            if not missing:
+                break
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                names = ", ".join(f"{rank} ({island.addresses[rank]})" for rank in sorted(missing))
+                raise BackendFault(f"rank {names} of the island did not come")
+            door.settimeout(min(left_s, 1.0))
+            with contextlib.suppress(TimeoutError):
+                line = stack.enter_context(door.accept()[0])
+                rank = _who(line, len(island.addresses), ours)
+                if rank is not None:
+                    here[rank] = line
+        for line in here.values():
+            with contextlib.suppress(OSError):  # it is lost then: MLX's meeting has a deadline
+                line.sendall(_GO)
+
+
+def _listening(address: str) -> socket.socket:
+    host, port = address_of(address)
+    door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind((host, port))
+        door.listen()
+    except OSError as error:
+        door.close()
+        raise BackendFault(f"the island cannot meet at {address}: {error}") from error
+    return door
+
+
+def _waits(line: socket.socket) -> bool:
+    """Whether it has not hung up; it has nothing more to say."""
+    return not select.select([line], [], [], 0)[0]
+
+
+def _who(line: socket.socket, ranks: int, ours: bytes) -> int | None:
+    """Which rank it is, or None where it is a stranger or of another island."""
+    line.settimeout(_WORD_S)
+    try:
+        said = _exactly(line, _HELLO_BYTES)
+        if said[: len(_HELLO)] != _HELLO or not 0 < said[len(_HELLO)] < ranks:
+            line.close()
+            return None
+        if said[len(_HELLO) + 1 :] == ours:
+            return said[len(_HELLO)]
+        line.sendall(_OTHER)
+        line.close()
+    except OSError:
+        line.close()
+    return None
+
+
+def _go_to(island: Island, ours: bytes, until_s: float) -> None:
+    first = address_of(island.addresses[0])
+    hello = _HELLO + bytes([island.rank]) + ours
+    why = "nobody listens there"
+    while (left_s := until_s - time.monotonic()) > 0:
+        try:
+            with socket.create_connection(first, min(left_s, _WORD_S)) as line:
+                line.sendall(hello)
+                line.settimeout(max(0.01, until_s - time.monotonic()))
+                word = _exactly(line, 1)
+                if word == _GO:
+                    return
+                if word == _OTHER:
+                    raise BackendFault(
+                        f"rank 0 of the island at {island.addresses[0]} was given other settings "
+                        "than this one: both must be of the same plan"
+                    )
+        except TimeoutError:
+            why = "it waits for others, or does not answer"
+        except OSError as error:
+            why = str(error)
+        time.sleep(_AGAIN_S)
+    raise BackendFault(f"rank 0 of the island at {island.addresses[0]} did not come: {why}")
+
+
+def _exactly(line: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        more = line.recv(count - len(data))
+        if not more:
+            raise ConnectionResetError("it hung up")
+        data += more
+    return data
+
+
+def free_port(host: str) -> int:
+    """A TCP port that is free now at this IPv4 address of this machine.
+
+    Found by binding to it and letting go, since MLX binds by itself: another program may take it in
+    between, and then the load fails, says so, and the next plan has other ports. Raises
+    BackendFault where the address is none of this machine's.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as door:
+            door.bind((host, 0))
+            port: int = door.getsockname()[1]
+            return port
+    except OSError as error:
+        raise BackendFault(f"no port for an island at {host}: {error}") from error
