@@ -15,6 +15,8 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
+_KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml.h: GGML_TYPE_*
+
 
 class PlainLlama:
     """A whole model in one context. `cells`, `batch`, `slots` … as a stage would have them."""
@@ -39,7 +41,7 @@ class PlainLlama:
         options.n_seq_max = slots
         options.kv_unified = slots > 1
         options.n_threads = options.n_threads_batch = 1
-        options.type_k = options.type_v = {"f16": 1, "q8_0": 8}[kv_type]  # ggml.h: GGML_TYPE_*
+        options.type_k = options.type_v = _KV_TYPES[kv_type]
         options.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[flash]  # llama.h: LLAMA_FLASH_…
         self._context = llama.llama_init_from_model(self._model, options)
         assert self._context

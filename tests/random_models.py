@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,14 +119,27 @@ def tokens() -> tuple[list[bytes], list[float], list[int]]:
     return pieces, [-float(i) for i in range(len(pieces))], types
 
 
-def write(model: Model, path: Path, *, seed: int = 1) -> Path:
-    """Write the model's file. Raises RuntimeError where libllama does not take its metadata."""
+Shapes = dict[str, tuple[int, ...]]
+
+
+def write(
+    model: Model,
+    path: Path,
+    *,
+    seed: int = 1,
+    change: Callable[[Shapes], Shapes] = lambda shapes: shapes,
+) -> Path:
+    """Write the model's file. Raises RuntimeError where libllama does not take its metadata.
+
+    change: libllama asks for every tensor that the architecture may have; to what a file has.
+    """
     empty = path.with_suffix(".empty")
     _writer(model, empty, {}, seed)
     shapes = _shapes(empty)
     empty.unlink()
+    shapes = change(shapes)
     if model.tied:
-        shapes.pop("output.weight")
+        shapes.pop("output.weight", None)
     _writer(model, path, shapes, seed)
     return path
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Backend, BackendFault, Batch, Cuts, Header, Settings, Window
+from backends.base import Backend, BackendFault, Batch, Cuts, Engine, Header, Settings, Window
 from backends.llama_cpp import ENGINE
 from peer.models.imports import import_gguf
 from peer.models.manifest import Manifest
@@ -31,17 +31,18 @@ from peer.models.store import Store
 class Stored:
     """An imported model and what the engine says of it."""
 
-    def __init__(self, path: Path, home: Path) -> None:
+    def __init__(self, path: Path, home: Path, engine: Engine = ENGINE) -> None:
         store = Store(home)
         self.manifest: Manifest = import_gguf(path, store)
         self.folder = store.folder(self.manifest.digest)
         self.header: Header = load_header(self.folder, self.manifest)
-        self.cuts: Cuts = ENGINE.cuts(self.header)
+        self.engine = engine
+        self.cuts: Cuts = engine.cuts(self.header)
         self._home = home
 
     def window(self, first: int, last: int) -> Window:
         """The files of a window, placed as a stage places them."""
-        recipe = ENGINE.recipe(self.header, first, last)
+        recipe = self.engine.recipe(self.header, first, last)
         placed = place(self.folder, self.manifest, recipe, first, last, self._home)
         return Window(
             first, last, self.header.layers, self.header, placed.files, placed.embed, placed.places
@@ -50,7 +51,7 @@ class Stored:
     @contextmanager
     def cut(self, edges: Sequence[int], settings: Settings) -> Iterator[Ring]:
         """The model in windows between these edges (0 and the number of layers are implied)."""
-        backend = ENGINE.open(settings)
+        backend = self.engine.open(settings)
         try:
             windows = []
             for first, last in pairwise([0, *edges, self.header.layers]):
