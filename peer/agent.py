@@ -19,8 +19,8 @@ from peer.cluster.driver import Cluster
 from peer.cluster.identity import Identity
 from peer.config import Config, Timing
 from peer.fetching import Fetching
+from peer.hops import Hops
 from peer.measuring import Measuring
-from peer.meeting import connecting
 from peer.models import transfer
 from peer.models.store import Store
 from peer.planning import duty as d
@@ -74,6 +74,7 @@ class Agent:
         self.heard: Plans | None = None
         self.store_trouble = ""  # why the store cannot be read, while it cannot
         self.unusable: dict[str, str] = {}  # why a model of the store cannot be offered, by digest
+        self.refused_engines: dict[str, str] = {}  # why engines are not used, by backend
         self.supervisor = Supervisor(self._stage_told, self._stage_exited)
         self.entry = Entry(
             identity.public.encode(), identity.secret.encode(), _patience(config.timing)
@@ -89,7 +90,7 @@ class Agent:
         self._duty_alarm = Alarm(lambda: self._duty(d.Tick()))
         self._rollout_alarm = Alarm(lambda: self._rollout(r.Tick()))
         self.fetching = Fetching(config, store, self.cluster, self.offers, self._fetched, spawn)
-        self._hosts: dict[str, str] = {}  # by which members were reached last
+        self.hops = Hops(self.cluster, self.supervisor, self._stage_exited)
         self.sparing = Sparing(config, store, Host(
             self.me, self._occupied, self.duty.serving, lambda: self.profiles[self.me],
             self.measuring.change, self.offers, self.cluster.broadcast, self.fetching.parts,
@@ -100,7 +101,7 @@ class Agent:
     def joined(self, peer_id: str) -> None:
         """A peer is a member now."""
         self.lost_peers.pop(peer_id, None)
-        self._hosts[peer_id] = self.cluster.address_of(peer_id) or "127.0.0.1"
+        self.hops.met(peer_id)
         self._out_of_reach(*(p for p in self.profiles[self.me].unreachable if p != peer_id))
         self.cluster.send(peer_id, self._announcement())
         self._admit()
@@ -285,8 +286,9 @@ class Agent:
             case d.StartStage(state):
                 self._spawn(self._start(state.plan), f"start of plan {state.plan.id}")
             case d.ConnectStage(plan_id):
-                self.supervisor.send(plan_id, connecting(action, self.me, self._host_of))
+                self._spawn(self.hops.connect(action), f"links of plan {plan_id}")
             case d.StopStage(plan_id):
+                self.hops.over(plan_id)
                 self.fetching.end(plan_id)
                 self.supervisor.stop(plan_id)
             case d.Tell(report):
@@ -295,7 +297,7 @@ class Agent:
                 self.entry.serve(None)
                 self.serving.serve(None)
             case d.Serve(plan, link) if plan and link:
-                host = self._host_of(plan.head)
+                host = self.hops.host_of(plan.head)
                 self.entry.open(plan.id, f"tcp://{host}:{link.submit_port}", link.key)
                 self.entry.serve(Offer(plan.id, plan.shape.digest, plan.split.context))
                 self.serving.serve(plan)
@@ -307,14 +309,6 @@ class Agent:
                 self.entry.go_over(plan_id)
             case d.Underway(digest):
                 self.entry.underway(digest)
-
-    def _host_of(self, peer_id: str) -> str:
-        """The host by which this peer reaches another (or itself), as an address in a URL."""
-        if peer_id == self.me:
-            return "127.0.0.1"
-        host = self.cluster.address_of(peer_id) or self._hosts[peer_id]
-        self._hosts[peer_id] = host
-        return f"[{host}]" if ":" in host else host
 
     def named(self, text: str) -> str:
         """Peer ids in a reason, replaced by names that people know."""

@@ -10,7 +10,7 @@ from typing import overload
 import msgspec
 
 from peer.errors import PartError, PeerLost, ProtocolError
-from peer.protocol import ChunkHere, ChunkWanted, ManifestHere, ManifestWanted, NotHere
+from peer.protocol import ChunkHere, ChunkWanted, Control, ManifestHere, ManifestWanted, NotHere
 
 log = logging.getLogger("halka.cluster")
 
@@ -60,13 +60,17 @@ class Asks:
             raise ProtocolError(f"the peer {peer_id} answered another question")
         return reply
 
-    def answer(self, peer_id: str, reply: Reply) -> None:
-        """Hand over a reply; dropped where nobody asked for it (any more)."""
+    def take(self, peer_id: str, reply: Control) -> bool:
+        """A message from a member: whether it was a reply. One that nobody waits for (any more) is
+        dropped."""
+        if not isinstance(reply, Reply):
+            return False
         future = self._waiting.get((peer_id, reply.request))
         if future is None or future.done():
             log.debug("< late answer peer=%s", peer_id)
         else:
             future.set_result(reply)
+        return True
 
     def lost(self, peer_id: str, why: str) -> None:
         """End all questions to this peer."""

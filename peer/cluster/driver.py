@@ -24,23 +24,21 @@ from peer.cluster.listener import Listener, Member, clock
 from peer.cluster.machines import Action, Machines
 from peer.cluster.mdns import Announced, cluster_mark
 from peer.cluster.memory import Memory
-from peer.cluster.ports import free_port, taken
+from peer.cluster.ports import listening
 from peer.cluster.probing_shell import Prober
 from peer.cluster.refusals import Refusal, Refusals
 from peer.cluster.transport import Transport
+from peer.cluster.ways_shell import Wayfinder
 from peer.config import Config
-from peer.errors import ConfigError, ProtocolError
+from peer.errors import ProtocolError
 from peer.planning.profile import PEERS_MAX
 from peer.protocol import (
     PROTOCOL,
-    ChunkHere,
     Control,
     Gossip,
     Heartbeat,
     Hello,
-    ManifestHere,
     Message,
-    NotHere,
     Opinion,
     Refused,
     Sighted,
@@ -51,7 +49,6 @@ from peer.protocol import (
 log = logging.getLogger("halka.cluster")
 
 LOOK_AGAIN_S = 15.0  # at the interfaces; more often has hung Macs, and nobody roams faster
-START_TRIES = 10  # to find a port that is free for TCP and UDP
 
 
 class Cluster:
@@ -82,7 +79,10 @@ class Cluster:
         self.complaints = Complaints(clock)
         self._asks = Asks(self.send)
         self.ask = self._asks.ask  # a numbered question to a member; see there
-        self._prober = Prober(config.timing, self.me, listener, self.send, self.address_of)
+        self.ways = Wayfinder(config.timing, identity, listener, self.key_of)
+        self._prober = Prober(config.timing, self.me, self.ways, self.send, self.address_of)
+        self.ways.measures_link = lambda: self._prober.measures
+        self._takers = self._asks, self._machines, self._prober
         self.discovery = Discovery(
             config, me=self._record, seen=self._seen, other_cluster=self._foreign, clock=clock
         )
@@ -139,8 +139,9 @@ class Cluster:
 
     def address_of(self, peer_id: str) -> str | None:
         """The host of a member, also where its link broke a moment ago; None: it is no member."""
-        host = self._transport.host_of(peer_id) if self._transport is not None else None
-        return host or (self._links[peer_id].host if peer_id in self._members else None)
+        hosts = self._transport.hosts_of(peer_id) if self._transport is not None else ()
+        last = self._links[peer_id].host if peer_id in self._members else None
+        return hosts[0] if hosts else last
 
     def key_of(self, peer_id: str) -> str | None:
         """The CURVE public key that a member proved (Z85), or this peer's own."""
@@ -173,18 +174,7 @@ class Cluster:
     async def start(self) -> None:
         """Listen. Raises ConfigError where the pinned port is taken."""
         await self._hosts.look()
-        for left in reversed(range(START_TRIES)):
-            try:
-                port = self._config.port or free_port(self.hosts)
-                self._transport = self._new_transport()
-                self._transport.start(self.hosts, port)
-                break
-            except OSError as error:
-                if self._transport is not None:
-                    self._transport.close()
-                    self._transport = None
-                if self._config.port or not left:
-                    raise ConfigError(taken(error)) from None
+        self._transport = listening(self._new_transport, self.hosts, self._config.port)
         await self.discovery.follow(self.hosts, self.port)
         log.info(
             "peer=%s name=%s cluster=%s listening=%s",
@@ -206,7 +196,7 @@ class Cluster:
                 jobs = [tasks.create_task(self._transport.run())]
                 await self._transport.running.wait()
                 self._machines.begin(self._identity.term)  # listening begins here
-                others = (self._machines, self.discovery, self._memory, self._prober)
+                others = (self._machines, self.discovery, self._memory, self._prober, self.ways)
                 jobs += [tasks.create_task(other.run()) for other in others]
                 jobs.append(tasks.create_task(self._watch_interfaces()))
                 for sighted in remembered:
@@ -280,7 +270,7 @@ class Cluster:
         self._memory.met(self._sighted(peer_id))
         self._machines.feed(e.PeerUp(peer_id))
         self._listener.joined(peer_id)
-        self._prober.here(peer_id)
+        self._here(peer_id)
         self._gossip()
 
     def _lost(self, peer_id: str, why: str, heard_by: str) -> None:
@@ -288,8 +278,15 @@ class Cluster:
         log.info("lost=%s name=%s peers=%d because=%s", peer_id, name, count, why)
         self._asks.lost(peer_id, why)
         self._prober.gone(peer_id)
+        self.ways.gone(peer_id)
         self._machines.feed(e.PeerDown(peer_id))
         self._listener.lost(peer_id, why, *([heard_by] if heard_by else []))
+
+    def _here(self, peer_id: str) -> None:
+        """It is a member, and is reached as it was or by other ways."""
+        self._prober.here(peer_id)
+        if self._transport is not None and (hosts := self._transport.hosts_of(peer_id)):
+            self.ways.here(peer_id, hosts, self._machines.membership.addresses_of(peer_id))
 
     def _kept(self, term: int, stored: bool) -> None:
         self._machines.feed(e.Stored(term) if stored else e.StoreFailed(term))
@@ -316,14 +313,18 @@ class Cluster:
                 self._machines.feed(m.LinkUp(peer_id, key, hello.incarnation, places, dialled, at))
                 self.send(peer_id, self._beat())  # it need not wait to hear whom I follow
                 if peer_id in self._members:
-                    self._prober.here(peer_id)
+                    self._here(peer_id)
             case links.Unlinked(peer_id, why):
                 self._machines.feed(m.LinkDown(peer_id, why))
+            case links.Narrowed(peer_id) if peer_id in self._members:
+                self._here(peer_id)
             case links.NotReached(peer_id, why, refused, closed):
                 log.debug("x dial peer=%s because=%s", peer_id, why)
                 self._machines.feed(m.DialFailed(peer_id, refused, closed))
             case links.Turned(peer_id, host, refusal, by_us):
                 self._turned(peer_id, host, refusal.code, refusal.why, by_us=by_us)
+            case links.Beside(routing_id, request) if self._transport:
+                self._transport.send_to(routing_id, self._prober.answer(request))
             case links.Received(peer_id, message):
                 self._machines.feed(m.Heard(peer_id))
                 self._received(peer_id, message)
@@ -335,24 +336,17 @@ class Cluster:
             case Gossip(peers):
                 for sighted in peers:
                     self._seen(self.discovery.usable(sighted))
-            case ManifestHere() | ChunkHere() | NotHere():
-                self._asks.answer(peer_id, message)
-            case _ if self._machines.take(peer_id, message) or self._prober.take(peer_id, message):
+            case _ if any(each.take(peer_id, message) for each in self._takers):
                 return
             case _:
                 self._listener.received(peer_id, message)
 
     def _hello(self) -> Hello:
         return Hello(
-            protocol=self._protocol,
-            cluster=self._config.cluster,
-            peer_id=self.me,
-            name=self.name,
-            incarnation=self._identity.incarnation,
-            addresses=self.addresses[:32],
-            version=self._version,
-            term=self.term,
-        )
+            protocol=self._protocol, cluster=self._config.cluster, peer_id=self.me, name=self.name,
+            incarnation=self._identity.incarnation, addresses=self.addresses[:32],
+            version=self._version, term=self.term,
+        )  # fmt: skip
 
     def _judge(self, hello: Hello | Welcome, key: str) -> Refused | None:
         refusal = admission.admit(hello, key, self._config, self._protocol)
@@ -397,4 +391,6 @@ class Cluster:
                 self._not_listening = "; ".join(self._transport.listen(self.hosts))
                 await self.discovery.follow(self.hosts, self.port)
                 log.info("interfaces=changed listening=%s", ",".join(self.addresses))
+            for peer_id in tuple(self._members):
+                self._here(peer_id)
             self._gossip()

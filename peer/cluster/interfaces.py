@@ -11,10 +11,13 @@ import asyncio
 import ipaddress
 import logging
 import socket
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
+
+from peer.planning.thunderbolt import BRIDGE
 
 log = logging.getLogger("halka.cluster")
 
@@ -49,11 +52,15 @@ def survey() -> list[Interface]:
     return found
 
 
-def choose(interfaces: Iterable[Interface], wanted: Iterable[str] = ()) -> tuple[str, ...]:
+def choose(
+    interfaces: Iterable[Interface], wanted: Iterable[str] = (), system: str = sys.platform
+) -> tuple[str, ...]:
     """The addresses to listen on and to announce, IPv4 first.
 
-    wanted: the setting `interfaces`; names or addresses, () for every home network.
+    wanted: the setting `interfaces`; names or addresses, () for every home network. On a Mac its
+    Thunderbolt Bridge is one: what makes its ports one network, with cables to other Macs.
     """
+    cables = (BRIDGE,) if system == "darwin" else ()
     wanted = frozenset(wanted)
     chosen: set[str] = set()
     for interface in interfaces:
@@ -66,7 +73,9 @@ def choose(interfaces: Iterable[Interface], wanted: Iterable[str] = ()) -> tuple
                 named = interface.name in wanted and not (ip.version == 6 and ip.is_link_local)
                 if named or address in wanted:
                     chosen.add(address)
-            elif not interface.name.startswith(IGNORED) and _of_a_home(ip):
+            elif interface.name.startswith(IGNORED) and interface.name not in cables:
+                continue
+            elif _of_a_home(ip):
                 chosen.add(address)
     return tuple(sorted(chosen, key=lambda text: (":" in text, text)))
 

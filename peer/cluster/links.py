@@ -29,6 +29,13 @@ class Unlinked:
 
 
 @dataclass(frozen=True, slots=True)
+class Narrowed:
+    """A connection with the peer is gone, and others are left."""
+
+    peer_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class NotReached:
     """A dial came to nothing. refused: it answered, and does not want us. closed: its machine
     answered that nobody listens there."""
@@ -57,7 +64,16 @@ class Received:
     message: Control
 
 
-Event = Linked | Unlinked | NotReached | Turned | Received
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A probe on a connection that is no link, from a peer with which there is one: it measures
+    this way. It is answered there: see `Transport.send_to`."""
+
+    routing_id: bytes
+    request: int
+
+
+Event = Linked | Unlinked | Narrowed | NotReached | Turned | Received | Beside
 
 
 @dataclass(slots=True, eq=False)

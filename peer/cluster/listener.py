@@ -10,7 +10,19 @@ from peer.planning.profile import Link
 from peer.protocol import Control
 
 
-class Listener(Protocol):
+class Measured(Protocol):
+    """Who is told of links that are measured."""
+
+    def busy(self) -> bool:
+        """Whether this peer computes, or serves an answer, now: links are measured later then."""
+        ...
+
+    def linked(self, link: Link) -> None:
+        """The link with a member was measured for the first time, or has changed."""
+        ...
+
+
+class Listener(Measured, Protocol):
     """Who is told. Called from the loop; must not block, and what it raises ends the agent."""
 
     def joined(self, peer_id: str) -> None:
@@ -28,14 +40,6 @@ class Listener(Protocol):
 
     def received(self, peer_id: str, message: Control) -> None:
         """A message that is not the cluster's own business."""
-        ...
-
-    def busy(self) -> bool:
-        """Whether this peer computes, or serves an answer, now: links are measured later then."""
-        ...
-
-    def linked(self, link: Link) -> None:
-        """The link with a member was measured for the first time, or has changed."""
         ...
 
 

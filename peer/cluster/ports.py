@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from peer.cluster.transport import Transport
+from peer.errors import ConfigError
+
+START_TRIES = 10  # to find a port that is free for TCP and UDP
 
 
 def free_port(hosts: Sequence[str]) -> int:
@@ -21,6 +26,26 @@ def free_port(hosts: Sequence[str]) -> int:
                 probe.bind((host, port))
                 port = int(probe.getsockname()[1])
     return port
+
+
+def listening(make: Callable[[], Transport], hosts: Sequence[str], pinned: int) -> Transport:
+    """A transport that listens on these addresses. pinned: the setting `port`, 0: any port.
+
+    Raises: ConfigError where the pinned port, or any, cannot be had.
+    """
+    for left in reversed(range(START_TRIES)):
+        transport: Transport | None = None
+        try:
+            port = pinned or free_port(hosts)
+            transport = make()
+            transport.start(hosts, port)
+            return transport
+        except OSError as error:
+            if transport is not None:
+                transport.close()
+            if pinned or not left:
+                raise ConfigError(taken(error)) from None
+    raise AssertionError("the last try returns or raises")
 
 
 def taken(error: OSError) -> str:

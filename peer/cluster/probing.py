@@ -128,6 +128,11 @@ class Probing:
             return self._once.deadline
         return min((self._start_at(other) for other in self._others.values()), default=math.inf)
 
+    @property
+    def measures(self) -> bool:
+        """Whether a measurement is under way."""
+        return self._once is not None
+
     def step(self, event: Event, now: float) -> list[Action]:
         """Take one event, return what to do about it, in order."""
         match event:
@@ -242,13 +247,14 @@ class Probing:
         best = sorted(other.rates, reverse=True)
         rate = best[1] if len(best) >= EARLY else max(best, default=0.0)
         link = Link(once.peer_id, min(other.rtts), rate)
-        if other.told is not None and not _is_news(link, other.told):
+        if other.told is not None and not is_news(link, other.told):
             return []
         other.told = link
         return [Measured(link)]
 
 
-def _is_news(link: Link, told: Link) -> bool:
+def is_news(link: Link, told: Link) -> bool:
+    """Whether figures differ enough from those that were told to be told."""
     rtt_change_s = abs(link.rtt_s - told.rtt_s)
     if rtt_change_s > max(NEWS * told.rtt_s, NEWS_RTT_S):
         return True

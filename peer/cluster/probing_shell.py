@@ -9,7 +9,7 @@ from random import Random
 
 from peer.clockwork import Alarm, Turns
 from peer.cluster import probing as p
-from peer.cluster.listener import Listener
+from peer.cluster.listener import Measured
 from peer.config import Timing
 from peer.protocol import Control, Message, Probe, Probed
 
@@ -25,7 +25,7 @@ class Prober:
         self,
         timing: Timing,
         seed: str,
-        listener: Listener,
+        listener: Measured,
         send: Callable[[str, Message], bool],
         host_of: Callable[[str], str | None],
     ) -> None:
@@ -48,6 +48,16 @@ class Prober:
         if (host := self._host_of(peer_id)) is not None:
             self._feed(p.Here(peer_id, host))
 
+    @property
+    def measures(self) -> bool:
+        """Whether a link is being measured now."""
+        return self._probing.measures
+
+    def answer(self, request: int) -> Probed:
+        """To a member's probe, which was sent on its link or beside it."""
+        self._feed(p.Asked())
+        return Probed(request, busy=self._listener.busy())
+
     def gone(self, peer_id: str) -> None:
         """The peer is a member no longer."""
         self._feed(p.Gone(peer_id))
@@ -58,8 +68,7 @@ class Prober:
             case Probe(request):
                 # At once, and never kept: if the link's queue is full, the other one finds the
                 # link slow, which it is.
-                self._send(peer_id, Probed(request, busy=self._listener.busy()))
-                self._feed(p.Asked())
+                self._send(peer_id, self.answer(request))
             case Probed(request, busy):
                 self.here(peer_id)  # one of two connections may have ended silently
                 self._feed(p.Answered(peer_id, request, busy or self._listener.busy()))

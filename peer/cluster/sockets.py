@@ -15,6 +15,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
 
 from peer.cluster import addresses
 from peer.cluster.admission import may_connect
@@ -82,6 +83,23 @@ def dealer(context: Context, pair: tuple[str, str], server_key: str) -> tuple[An
         raise OSError(error.errno, error.strerror) from None
 
 
+def connect(made: Any, address: str) -> None:
+    """Dial an address. Raises OSError where that cannot even begin."""
+    try:
+        made.connect(address)
+    except zmq.ZMQError as error:
+        raise OSError(error.errno, error.strerror) from None
+
+
+def close(pair: tuple[Any, Any]) -> None:
+    """End a dialled connection; pair: as `dealer` gave it."""
+    made, monitor = pair
+    if not made.closed:
+        made.disable_monitor()
+        made.close(0)
+    monitor.close(0)
+
+
 def no_more(error: OSError) -> str:
     """What people read where a dial could not begin."""
     return (
@@ -139,6 +157,14 @@ async def closed(address: str) -> bool:
         return False  # also TimeoutError
     knocked.abort()
     return False
+
+
+async def ended(monitor: Any) -> str:
+    """Wait until a dialled connection is over; why it is. monitor: as `dealer` gave it."""
+    while True:
+        event = zmq.Event(parse_monitor_message(await monitor.recv_multipart())["event"])
+        if event in ENDED:
+            return ENDED[event]
 
 
 async def answer_zap(zap: Any, own_key: str) -> None:

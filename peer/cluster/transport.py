@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from peer.cluster import addresses, intake, sockets
+from peer.cluster import addresses, intake, links, sockets
 from peer.cluster.complaints import Complaints
 from peer.cluster.identity import peer_id_of
 from peer.cluster.intake import Intake
@@ -31,6 +31,7 @@ from peer.protocol import (
     Goodbye,
     Hello,
     Message,
+    Probe,
     Refused,
     Welcome,
     encode,
@@ -172,10 +173,9 @@ class Transport:
             raise ProtocolError(f"a message of {len(data)} bytes is more than peers accept")
         return any(self._send(path, data) for path in tuple(self._links.get(peer_id, ())))
 
-    def host_of(self, peer_id: str) -> str | None:
-        """The host by which the peer is reached now."""
-        paths = self._links.get(peer_id)
-        return paths[0].host if paths else None
+    def hosts_of(self, peer_id: str) -> tuple[str, ...]:
+        """The hosts by which the peer is reached now, best first."""
+        return tuple(path.host for path in self._links.get(peer_id, ()))
 
     def _tell(self, event: Event) -> None:
         if not self._leaving:
@@ -224,7 +224,7 @@ class Transport:
             paths.remove(path)
             if not paths:
                 del self._links[path.peer_id]
-                self._tell(Unlinked(path.peer_id, why))
+            self._tell(links.Narrowed(path.peer_id) if paths else Unlinked(path.peer_id, why))
         elif current:
             self._tell(NotReached(path.peer_id, why, refused, closed))
 
@@ -248,7 +248,7 @@ class Transport:
         """
         if not path.dialled:
             over = Refused(code="identity", why="this link is over", protocol=self._protocol)
-            self._send_to(path.routing_id, over)
+            self.send_to(path.routing_id, over)
 
     # Dialled connections --------------------------------------------------------------------------
 
@@ -326,7 +326,7 @@ class Transport:
         path = self._incoming.get(routing_id)
         if path is not None and path.key != origin.key:
             return self._complaints.note(who, "message on another peer's link")
-        message = self._intake.read(frames, who, agreed=path is not None)
+        message = self._intake.read(frames, who, agreed=path is not None or peer_id in self._links)
         if message is None or self._leaving:
             return
         here = Path(peer_id, origin.key, origin.host, self._router, "", routing_id, origin.fd)
@@ -334,6 +334,8 @@ class Transport:
             self._greet(here, message)
         elif path is not None:
             self._take(path, message)
+        elif isinstance(message, Probe) and peer_id in self._links:
+            self._tell(links.Beside(routing_id, message.request))
         else:
             # It may take for a link what we forgot. Told so, it dials again.
             self._say_over(here)
@@ -342,12 +344,12 @@ class Transport:
     def _greet(self, path: Path, hello: Hello) -> None:
         refusal = self._judge(hello, path.key)
         if refusal is not None:
-            self._send_to(path.routing_id, refusal)
+            self.send_to(path.routing_id, refusal)
             self._tell(Turned(path.peer_id, path.host, refusal, by_us=True))
             return
         mine = self._introduce()
         welcome = Welcome(**{name: getattr(mine, name) for name in Welcome.__struct_fields__})
-        if not self._send_to(path.routing_id, welcome):
+        if not self.send_to(path.routing_id, welcome):
             return
         known = self._incoming.get(path.routing_id)
         if known and known.incarnation == hello.incarnation:
@@ -377,12 +379,12 @@ class Transport:
             await asyncio.sleep(wait_s)
             if path.routing_id not in self._incoming:
                 return
-            if not self._send_to(path.routing_id, self._introduce()):
+            if not self.send_to(path.routing_id, self._introduce()):
                 self._drop(path, "the connection broke")
                 return
 
-    def _send_to(self, routing_id: bytes, message: Message) -> bool:
-        """Whether the connection took it."""
+    def send_to(self, routing_id: bytes, message: Message) -> bool:
+        """To a connection of one who dialled us: whether it took it."""
         sent = self._router.send_multipart([routing_id, encode(message)], flags=zmq.DONTWAIT)
         error = sent.exception()
         return error is None or isinstance(error, zmq.Again)

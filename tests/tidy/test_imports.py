@@ -24,7 +24,7 @@ FREE = {
 PURE = {
     "peer.cluster.membership", "peer.cluster.membership_events", "peer.cluster.doubts",
     "peer.cluster.election",
-    "peer.cluster.probing", "peer.cluster.probing_once",
+    "peer.cluster.probing", "peer.cluster.probing_once", "peer.cluster.ways",
     "peer.planning.plan", "peer.planning.split", "peer.planning.cuts", "peer.planning.rollout",
     "peer.planning.choice", "peer.planning.making", "peer.planning.failures",
     "peer.planning.running", "peer.planning.duty", "peer.planning.costs",
