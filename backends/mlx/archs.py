@@ -55,7 +55,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "nextn_predict_layers": (0,),
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
-    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_ext_factor": (-1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "rope.scale_linear": (1.0,),
     "attention.temperature_scale": (0.0,),
@@ -153,10 +153,12 @@ def _odd_rotation(header: Header, found: Row) -> str:
     if scaling not in ("none", "linear", *(("yarn",) if found.yarn else ())):
         return f"rotary scaling {scaling} of this architecture is computed by llama.cpp only"
     factor = decimal(header, "rope.scaling.factor", 1.0)
-    base = decimal(header, "rope.freq_base", 10000.0)
+    bases = [decimal(header, f"rope.freq_base{of}", 10000.0) for of in ("", "_swa")]
     fast = decimal(header, "rope.scaling.yarn_beta_fast", 32.0)
     slow = decimal(header, "rope.scaling.yarn_beta_slow", 1.0)
-    if not (1.0 < base < 1e12 and 0.0 < factor < 1e6 and 0.0 < slow < fast < 1e6):
+    original = decimal(header, "rope.scaling.original_context_length", 1.0)
+    scaled = 0.0 < factor < 1e6 and 0.0 < slow < fast < 1e6 and 1.0 <= original < 1 << 31
+    if not all(1.0 < base < 1e12 for base in bases) or not (scaled or scaling == "none"):
         return "its header's rotary base or scaling make no sense"
     return ""
 
@@ -294,7 +296,7 @@ TABLE: dict[str, Row] = {
         names.GEMMA2,
         keys=_SLIDING | {"attn_logit_softcapping", "final_logit_softcapping"},
         more=_gemma,
-        tied=True,
+        yarn=False,
         norm_offset=-1.0,
         scales_embedding=True,
         softcap=30.0,

@@ -95,10 +95,12 @@ def odd_sizes(header: Header, *, experts: bool) -> str:
 
 
 def decimal(header: Header, key: str, default: float) -> float:
-    """`<arch>.<key>` where it is a finite number, else the default."""
+    """`<arch>.<key>`; the default where it is missing, NaN where it is not one finite number."""
     value: Any = plain(header, key)
+    if value is None:
+        return default
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else default
+    return float(value) if number and abs(value) < 1e30 else math.nan
 
 
 def scaling_of(header: Header) -> str:
