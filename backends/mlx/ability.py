@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from backends.base import Ability, BackendFault, Header, TensorFact, Weights
-from backends.mlx import archs, blocks, repack
+from backends.mlx import archs, blocks, repack, shares
 
 LAYERS_MAX = 4096  # of which a planner can know
 
@@ -29,9 +29,10 @@ def can_run(header: Header, weights: Weights = "auto") -> Ability:
         return Ability("no", f"its header is not to be trusted: {fault}")
     rounded = _of(header, weights, "approximate")
     told = (layers, embed, output) if changed else ((), 0, 0)
+    ranks = shares.ranks_of(header)
     if not rounded:
-        return Ability("exact", "", *told)
-    return Ability("approximate", _roundings(rounded, weights), *told)
+        return Ability("exact", "", *told, ranks)
+    return Ability("approximate", _roundings(rounded, weights), *told, ranks)
 
 
 def _of(header: Header, weights: Weights, how: str) -> list[tuple[str, int]]:

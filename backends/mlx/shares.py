@@ -44,6 +44,8 @@ def shardable(header: Header, ranks: int) -> str:
             return f"its {count} {what} cannot be divided among {ranks} peers"
     for name, fact in header.tensors.items():
         tail = _tail(name)
+        if not fact.shape:
+            return f"its tensor {name[:64]} has no shape"
         if tail in COLUMNS:
             unit = ranks if fact.type in _PLAIN else ranks * GROUP
             if fact.shape[0] % unit:
@@ -59,6 +61,11 @@ def shardable(header: Header, ranks: int) -> str:
             if rows % ranks:
                 return f"the {rows} rows of {name} cannot be divided among {ranks} peers"
     return ""
+
+
+def ranks_of(header: Header) -> tuple[int, ...]:
+    """How many peers an island for this model may have: `Ability.ranks`."""
+    return tuple(ranks for ranks in range(2, RANKS_MAX + 1) if not shardable(header, ranks))
 
 
 def share_bytes(header: Header, ranks: int, weights: Weights = "auto") -> tuple[int, ...]:

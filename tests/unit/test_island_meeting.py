@@ -51,7 +51,7 @@ def test_who_does_not_come_is_named() -> None:
         other = threads.submit(meeting.meet, settings(2, at), 1.0)
         with pytest.raises(BackendFault, match=rf"rank 1 \({at[1]}\) of the island did not come"):
             first.result()
-        with pytest.raises(BackendFault, match="rank 0 of the island at .* did not come"):
+        with pytest.raises(BackendFault, match=r"rank 0 of the island at .* did not come"):
             other.result()
 
 

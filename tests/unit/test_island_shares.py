@@ -10,7 +10,7 @@ import gguf
 import pytest
 
 from backends.base import Header, TensorFact
-from backends.mlx import archs, shares
+from backends.mlx import ability, archs, shares
 
 
 def header(
@@ -66,6 +66,14 @@ def test_heads_that_do_not_divide_are_named() -> None:
     assert shares.shardable(header(), 2) == ""
     assert shares.shardable(header(), 4) == ""
     assert "4 heads of keys" in shares.shardable(header(), 8)
+
+
+def test_the_planner_is_told_how_many_peers_may_share_a_layer() -> None:
+    """By what the engine says of the header, for every policy."""
+    for weights in ("auto", "exact", "small"):
+        assert ability.can_run(smollm2(), weights).ranks == (3,)  # type: ignore[arg-type]
+        assert ability.can_run(header(), weights).ranks == (2, 4)  # type: ignore[arg-type]
+    assert ability.can_run(header(kv_heads=1)).ranks == ()
 
 
 def test_quantised_rows_are_cut_between_groups_only() -> None:
