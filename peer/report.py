@@ -10,8 +10,9 @@ import msgspec
 
 from peer import VERSION
 from peer.agent import Agent
-from peer.planning import making, split
-from peer.planning.plan import Forecast, PlanState
+from peer.planning import making, split, survey
+from peer.planning.plan import Forecast, Plan, PlanState
+from peer.planning.profile import engine_name
 from peer.planning.spares import total_bytes
 from peer.protocol import PROTOCOL, Report
 from peer.words.basis import Basis, KnownModel, TimedPeer, TimedRing
@@ -50,7 +51,7 @@ def status(agent: Agent, started: float, http: str) -> dict[str, Any]:
                 http,
                 cluster.port,
                 time.monotonic() - started,
-                me.engines[0].backend if me.engines else "",
+                _backend(agent, agent.me, shown),
             ),
             cluster=ClusterState(
                 config.cluster, cluster.term, cluster.coordinator, True, cluster.problem
@@ -175,7 +176,32 @@ def _model(agent: Agent, shown: PlanState | None) -> ModelState:
         phase,
         str(plan.id),
         why,
+        _approximate(agent, plan),
     )
+
+
+def _approximate(agent: Agent, plan: Plan) -> str:
+    """Whose engine computes with rounded weights, in words, or ""."""
+    fits: dict[str, list[str]] = {}
+    for window in plan.split.windows:
+        profile = agent.profiles.get(window.peer_id)
+        fit = plan.shape.fit(window.backend, profile.weights) if profile else None
+        if profile and fit and fit.how == "approximate":
+            names = fits.setdefault(f"{engine_name(fit.backend)}: {fit.why}", [])
+            names += [] if profile.name in names else [profile.name]
+    told = (f"{', '.join(names)} by {why}" for why, names in fits.items())
+    return f"approximate on {'; '.join(told)}" if fits else ""
+
+
+def _backend(agent: Agent, peer_id: str, shown: PlanState | None) -> str:
+    """That runs a peer's windows; of one without any, that would; else that which it prefers."""
+    profile = agent.profiles[peer_id]
+    if shown is not None:
+        for index in shown.plan.windows_of(peer_id):
+            return shown.plan.split.windows[index].backend
+        if would := profile.engine_for(shown.plan.shape):
+            return would
+    return next(iter(profile.backends), "")
 
 
 def _peers(agent: Agent, shown: PlanState | None) -> Iterable[PeerState]:
@@ -227,7 +253,14 @@ def _with_plan(agent: Agent, basic: PeerState, shown: PlanState) -> PeerState:
         phase = known.phase
     else:  # the coordinator has not told its report yet
         phase = "ready" if shown.phase == "linking" else "loading"
-    basic = msgspec.structs.replace(basic, layers=windows, phase=phase)
+    mine = [plan.split.windows[index] for index in plan.windows_of(peer_id)]
+    basic = msgspec.structs.replace(
+        basic,
+        layers=windows,
+        phase=phase,
+        backend=mine[0].backend,
+        on_gpu=mine[0].gpu_layers != 0,
+    )
     if known is None:
         return basic
     return msgspec.structs.replace(
@@ -282,8 +315,10 @@ def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
     if not agent.profiles[agent.me].engines:
         yield Problem(
             "this peer has no engine to run layers with",
-            "run the installer again, or: pip install 'halka[llama]'",
+            f"run the installer again, or: {survey.with_engines()}",
         )
+    for why in agent.refused_engines.values():
+        yield Problem(why, "halka verify")
     if agent.cluster.problem:
         yield Problem(agent.cluster.problem, "")  # it says itself what mends it
     if shown is None:

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import backends
-from backends.base import BackendFault, Batch, Header, Settings, Window
+from backends.base import Ability, BackendFault, Batch, Header, Settings, Weights, Window
 from backends.fake import FakeBackend, FakeEngine
 from backends.fake_model import EOS
 from peer.models.imports import import_gguf
@@ -218,6 +218,41 @@ def test_a_model_that_cannot_go_back_does_not_load(
     _, folder = stored(home)
     with pytest.raises(BackendFault, match="cannot take a wrong guess back"):
         load(FAKE, folder, folder, threads=1, kv_cells=4096)
+
+
+def test_a_model_drafts_on_the_plain_engine_where_that_of_the_stage_cannot_run_it(
+    home: Path, engine: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = stored(home)
+    store = Store(home)
+    plan, asked = plan_of(store, store.manifest(folder.name), [], "fake"), []
+    state = PlanState(plan, "loading")
+    order = StageOrder(state, PEERS[0], str(folder), 1, draft_folder=str(folder), weights="small")
+
+    def loaded(name: str) -> Counting:
+        asked.append(name)
+        return engine
+
+    class Other(FakeEngine):
+        def can_run(self, header: Header, weights: Weights = "auto") -> Ability:
+            told.append(weights)
+            return Ability("no", "it has no IQ4_XS")
+
+        def open(self, settings: Settings) -> FakeBackend:
+            raise AssertionError("it cannot run it")
+
+    told: list[Weights] = []
+    found = drafting.of_head(Other(), order, loaded)
+    assert found is not None
+    found.close()
+    assert (asked, told) == (["llama_cpp"], ["small"])
+    assert engine.settings is not None
+    assert engine.settings.weights == "small"
+
+    def missing(name: str) -> Counting:
+        raise ImportError("no llama_cpp here")
+
+    assert drafting.of_head(Other(), order, missing) is None  # and the plan goes on
 
 
 def test_a_head_goes_on_without_a_model_that_cannot_be_loaded(

@@ -16,7 +16,7 @@ from peer.errors import BackendError, PeerError
 from peer.measuring import Measuring
 from peer.planning import correction
 from peer.planning.plan import Plan, PlanId, PlanWindow, Split
-from peer.planning.profile import Link, ModelShape, Profile, Speed
+from peer.planning.profile import EngineProfile, Fit, Link, ModelShape, Profile, Speed
 from peer.protocol import Timed
 from tests.conftest import Until
 from tests.coordinator import A, B, profile, shape
@@ -33,12 +33,13 @@ class Double:
         self.folder, self.computes, self.told = folder, False, list[Profile]()
         self.changed = asyncio.Event()
         self.fault: PeerError | None = None
+        self.shape = MODEL
 
     def busy(self) -> bool:
         return self.computes
 
     def wanted(self) -> Sequence[ModelShape]:
-        return [MODEL]
+        return [self.shape]
 
     async def header(self, shape: ModelShape) -> Path:
         if self.fault:
@@ -94,6 +95,34 @@ async def test_what_was_measured_is_told_and_found_again_after_a_restart(
 
     async with running(tmp_path, monkeypatch, never) as (host, _):
         assert (await host.tells()).speeds == (SPEED,)
+
+
+async def test_the_engine_is_measured_that_would_run_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    async def watched(
+        config: Config, folder: Path, shape: ModelShape, backend: str
+    ) -> tuple[Speed, ...]:
+        asked.append(backend)
+        return (replace(SPEED, backend=backend, digest=shape.digest),)
+
+    cpu = EngineProfile("mlx", "CPU", "cpu", 1 << 30, 1 << 30)
+    both = (cpu, replace(cpu, backend="llama_cpp"))
+    async with running(tmp_path, monkeypatch, watched) as (host, found):
+        await host.tells()
+        no = Fit("mlx", "auto", "no", "MLX has no IQ4_XS")
+        host.shape = replace(MODEL, digest="1" * 64, fits=(no,))
+        found.change(engines=both)
+        while not any(s.backend == "llama_cpp" for s in (await host.tells()).speeds):
+            pass
+        found.change(engines=(cpu,))  # none that can: nothing to measure, and no trouble
+        host.shape = replace(host.shape, digest="2" * 64)
+        found.change(engines=both)
+        while asked.count("llama_cpp") < 2:
+            await host.tells()
+    assert asked[1:] == ["llama_cpp", "llama_cpp"]
 
 
 async def test_an_answer_ends_a_measurement_and_it_begins_anew_afterwards(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace as replace_in
 
 from peer.config import Config
 from peer.models.imports import import_gguf
 from peer.models.parts import shape_of
 from peer.models.store import Store
 from peer.planning import hardware, speeds
-from peer.planning.profile import EngineProfile, ModelShape, Speed
+from peer.planning.profile import EngineProfile, Fit, ModelShape, Speed
 from peer.planning.speeds import Speeds
 from tests import fake_models
 
@@ -73,6 +75,22 @@ def test_other_hardware_threads_or_releases_are_measured_again(
         patch.setattr(hardware, "version", lambda backend: "999")
         assert kept.find(config, shape, ENGINES) is None
     assert kept.find(config, shape, ENGINES)
+
+
+def test_an_engine_that_repacks_is_measured_for_each_way_that_it_does(config: Config) -> None:
+    shape = model(config)
+    fits = (
+        Fit("fake", "auto", "approximate", "rounded", (8,) * shape.layers),
+        Fit("fake", "small", "approximate", "requantised", (6,) * shape.layers),
+    )
+    shape, kept = replace_in(shape, fits=fits), Speeds(config.home)
+    kept.keep(config, shape, ENGINES, [measured(shape)])
+    assert kept.find(config, shape, ENGINES)
+    assert kept.find(replace(config, weights="small"), shape, ENGINES) is None
+    other = replace_in(fits[0], layer_bytes=(7,) * shape.layers)
+    assert kept.find(config, replace_in(shape, fits=(other, fits[1])), ENGINES) is None
+    assert kept.find(config, replace_in(shape, fits=(fits[0],)), ENGINES)
+    assert kept.find(config, replace_in(shape, fits=()), ENGINES) is None
 
 
 @pytest.mark.parametrize(
@@ -169,3 +187,20 @@ def test_a_machine_is_told_by_its_processor_and_its_software(tmp_path: Path) -> 
     assert hardware.processor(info).endswith("0x41 0xd0b")
     assert hardware.processor(tmp_path / "none")
     assert hardware.version("nothing") == hardware.version("fake")
+
+
+def test_a_new_release_of_any_library_of_an_engine_is_a_new_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    releases = {"mlx": "0.32.4", "mlx-lm": "0.32.2"}
+
+    def version(package: str) -> str:
+        if package not in releases:
+            raise metadata.PackageNotFoundError(package)
+        return releases[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert hardware.version("mlx") == "0.32.4 0.32.2"
+    assert hardware.version("llama_cpp") == ""
+    del releases["mlx-lm"]
+    assert hardware.version("mlx") == ""

@@ -319,6 +319,45 @@ def test_machine_names_are_fit_to_be_shown(text: str, name: str) -> None:
     assert survey.clean_name(text) == name
 
 
+INSTALLED = {"llama_cpp": object(), "mlx": object(), "mlx_lm": object()}
+
+
+@pytest.mark.parametrize(
+    ("system", "missing", "backends"),
+    [
+        ("darwin", (), ("mlx", "llama_cpp")),
+        ("darwin", ("mlx_lm",), ("llama_cpp",)),
+        ("darwin", ("mlx",), ("llama_cpp",)),
+        ("darwin", ("llama_cpp",), ("mlx",)),
+        ("linux", (), ("llama_cpp",)),
+        ("linux", ("llama_cpp",), ()),
+    ],
+)
+def test_mlx_is_preferred_on_a_mac_where_all_of_it_is_installed_and_taken_nowhere_else(
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    system: str,
+    missing: tuple[str, ...],
+    backends: tuple[str, ...],
+) -> None:
+    there = {name: found for name, found in INSTALLED.items() if name not in missing}
+    monkeypatch.setattr(survey, "find_spec", there.get)
+    assert survey.backends_of(changed(config, backend="auto"), system) == backends
+    assert survey.backends_of(changed(config, backend="mlx"), system) == ("mlx",)
+    assert survey.backends_of(changed(config, backend="llama_cpp"), system) == ("llama_cpp",)
+
+
+def test_what_is_to_be_installed_is_told_for_the_system() -> None:
+    assert "pip install 'halka[llama,mlx]'" in survey.no_engine("darwin")
+    assert "pip install 'halka[llama]'" in survey.no_engine("linux")
+
+
+def test_llama_cpp_tells_of_models_where_it_is_among_the_engines() -> None:
+    assert survey.teller(("mlx", "llama_cpp")) == "llama_cpp"
+    assert survey.teller(("mlx",)) == "mlx"
+    assert survey.teller(("fake",)) == "fake"
+
+
 def test_the_fake_engine_is_never_chosen_by_itself(config: Config) -> None:
     automatic = survey.backends_of(changed(config, backend="auto"))
     assert automatic in ((), ("llama_cpp",))

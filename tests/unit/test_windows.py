@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import backends
-from backends.base import Batch
+from backends.base import Batch, Settings, Weights
+from backends.fake import FakeBackend, FakeEngine
 from peer.models.imports import import_gguf
 from peer.models.store import Store
 from peer.protocol import Sampling
@@ -33,6 +34,23 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
     store = Store(home)
     manifest = import_gguf(fake_models.write(home / "fake.gguf"), store)
     return Windows(backends.load("fake"), plan_of(store, manifest, [], "fake"), PEERS[0], 1)
+
+
+@pytest.mark.parametrize("weights", ["auto", "exact", "small"])
+def test_the_engine_is_opened_with_the_setting_of_weights(weights: Weights, tmp_path: Path) -> None:
+    class Watched(FakeEngine):
+        def open(self, settings: Settings) -> FakeBackend:
+            opened.append(settings)
+            return super().open(settings)
+
+    opened: list[Settings] = []
+    store = Store(tmp_path)
+    manifest = import_gguf(fake_models.write(tmp_path / "fake.gguf"), store)
+    plan = plan_of(store, manifest, [], "fake")
+    found = Windows(Watched(), plan, PEERS[0], 1, weights)
+    found.load(store.folder(manifest.digest))
+    found.close()
+    assert [settings.weights for settings in opened] == [weights]
 
 
 def peaks(*tokens: int) -> NDArray[np.float32]:
