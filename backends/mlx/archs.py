@@ -75,7 +75,8 @@ class Row:
     heads. part_rotary: heads may be rotated in part. yarn: that scaling may be used. factors:
     rope_freqs.weight may be there. tied: whether the head may be the embedding. norm_offset: added
     to norms' weights. softcap: of the logits, where the file does not say.
-    sliding_base: of the rotation of sliding layers, 0 for that of all.
+    sliding_base: of the rotation of sliding layers, 0 for that of all. fused: whether the class
+    leaves attention to MLX's own function.
     """
 
     model: str
@@ -95,6 +96,7 @@ class Row:
     sliding_base: float = 0.0
     sliding_default: int = 0
     experts: bool = False
+    fused: bool = True
     special: Callable[[Header], str] | None = None
 
 
@@ -301,6 +303,7 @@ TABLE: dict[str, Row] = {
         scales_embedding=True,
         softcap=30.0,
         sliding_default=4096,
+        fused=False,
         special=_softcaps,
     ),
     "gemma3": Row(

@@ -30,6 +30,9 @@ Shard = Callable[[Any, list[Any]], None]
 """Keeps one rank's share of these layers of a Model (its class has `shard`), see islands."""
 
 _F32, _F16 = 4, 2  # bytes
+_FUSED_HEADS = (64, 80, 128)  # mlx/backend/metal/scaled_dot_product_attention.cpp
+_ROWS_MIN = 16  # at once, however large the cache is
+SCORES_BYTES = 1 << 28  # of one layer's attention; 32 heads × 512 rows × 8192 cells have 1 GiB
 
 
 class LoadedWindow:
@@ -62,6 +65,7 @@ class LoadedWindow:
         """Everything that the window holds, from its files."""
         row = archs.row(window.header)
         assert row is not None
+        self._fused = row.fused
         model = self._library.model(row.model, skeleton.arguments(window.header))
         rotations = skeleton.rotations(window.header)
         factors = None
@@ -126,10 +130,10 @@ class LoadedWindow:
     def compute_bytes(self) -> int:
         """An estimate of what a step needs beside weights and cells: masks, scores and widened
         cells of one layer, some activations of it, and the logits."""
-        rows, cells = self._settings.batch_tokens, self._settings.kv_cells
+        rows, cells = self._rows_at_once(self._settings.kv_cells), self._settings.kv_cells
         of = self._of
         masks = rows * cells * len(set(self._windows))
-        scores = 2 * of.heads * rows * cells * _F32
+        scores = rows * self._row_scores_bytes(cells)
         widened = 2 * of.kv_heads * of.head * cells * (_F32 + _F16)
         expert_rows = of.expert * max(1, of.experts_used)
         inner = max(of.ffn if not of.experts else 0, expert_rows if of.experts else 0)
@@ -153,16 +157,43 @@ class LoadedWindow:
             return np.empty((0, self._of.words if self._last else self._of.hidden), np.float32)
         cells = self._pool.take(batch.slots, batch.positions)
         try:
-            return self._step(batch, x, cells)
+            return self._steps(batch, x, cells)
         except BaseException as error:
             self._pool.give_back(batch.slots, cells)
             if isinstance(error, RuntimeError | ValueError | MemoryError):
                 raise _fault(error) from error
             raise
 
-    def _step(self, batch: Batch, x: NDArray[Any], cells: Cells) -> NDArray[np.float32]:
-        mx = self._mx
+    def _steps(self, batch: Batch, x: NDArray[Any], cells: Cells) -> NDArray[np.float32]:
+        """The batch, in parts where its scores would be too large. A part does not see what later
+        ones hold: they are later positions."""
         width = width_of(self._pool.used, self._settings.kv_cells)
+        rows = self._rows_at_once(width)
+        if len(cells) <= rows:
+            return self._step(batch, x, cells, width)
+        parts = []
+        for at in range(0, len(cells), rows):
+            r = slice(at, at + rows)
+            part = Batch(batch.slots[r], batch.positions[r], batch.outputs[r])
+            parts.append(self._step(part, x[r], cells[r], width))
+        return np.concatenate(parts)
+
+    def _rows_at_once(self, width: int) -> int:
+        """Rows whose scores over so many cells fit into SCORES_BYTES."""
+        row_bytes = self._row_scores_bytes(width)
+        fitting = SCORES_BYTES // row_bytes if row_bytes else self._settings.batch_tokens
+        return min(self._settings.batch_tokens, max(_ROWS_MIN, fitting))
+
+    def _row_scores_bytes(self, width: int) -> int:
+        """What a row's scores and their softmax take; nothing where MLX never writes them down.
+
+        Metal has such kernels for some sizes of heads, the processor has none.
+        """
+        fused = self._mx.metal.is_available() and self._of.head in _FUSED_HEADS
+        return 0 if fused and self._fused else 2 * self._of.heads * width * _F32
+
+    def _step(self, batch: Batch, x: NDArray[Any], cells: Cells, width: int) -> NDArray[np.float32]:
+        mx = self._mx
         self._place.set(mx, cells, width)
         self._positions.set(batch.positions)
         masks = {

@@ -143,6 +143,21 @@ def test_a_slot_that_went_back_or_was_copied_equals_one_that_never_did(
     assert apart(given, expected) <= 2e-5
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss-moe-yarn"])
+def test_a_batch_that_is_computed_in_parts_equals_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with cut(name, tmp_path) as ring:
+        whole = ring.backend._windows[0, 2].compute_bytes
+        expected = story(ring, ring.backend.trim, ring.backend.copy, 290)
+    monkeypatch.setattr("backends.mlx.window.SCORES_BYTES", 1)
+    with Stored(tmp_path / "model.gguf", tmp_path, MLX).cut(EDGES, SETTINGS) as ring:
+        assert ring.backend._windows[0, 2].compute_bytes < whole / 2
+        given = story(ring, ring.backend.trim, ring.backend.copy, 290)
+    for ours, theirs in zip(given, expected, strict=True):
+        assert apart(ours, theirs) <= 2e-5
+
+
 @pytest.mark.parametrize("order", [(LLAMA, MLX, LLAMA), (MLX, LLAMA, MLX)], ids=["middle", "ends"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt-oss-moe-yarn"])
 def test_windows_of_both_engines_in_one_chain_equal_llama_cpp(
