@@ -116,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     pull.add_argument("model", help="path of a GGUF file, or smollm2 (a small one, to try halka)")
     _plan(_word(words, "plan", "who runs which layers, and why; what if"))
     _bench(_word(words, "bench", "how fast the ring is, and the whole model in one process"))
+    _as_json(_word(words, "verify", "prove this machine's engines: are their numbers right"))
+    _as_json(_word(words, "doctor", "look for what keeps halka from working well here"))
     _word(words, "leave", "stop this machine's agent once others have taken over; Ctrl-C: stay")
     return top
 

@@ -27,14 +27,13 @@ from peer.planning import builtin, proof
 from peer.planning.hardware import version
 from peer.planning.ordered import ask
 from peer.planning.profile import EngineProfile
-from peer.planning.proof import Floats, LayerFigure, Subject, Verdict
+from peer.planning.proof import MODEL, Floats, LayerFigure, Subject, Verdict
 from peer.planning.verified import Verified
 
 log = logging.getLogger("halka.planning")
 
 WITHIN_S = 60.0  # for one process; it takes 1 to 3, and a cold GPU driver tens
 MODULE = "peer.planning.verify"
-MODEL = "the built-in model"
 ROUNDED = frozenset({"Q2_K", "Q3_K", "Q6_K"})  # see `backends.base.Weights`
 _PREFIX = ".verify-"
 _THREADS = 1  # the built-in model is so small that threads would only wait for each other
@@ -275,11 +274,13 @@ async def trusted(
     not proven again; what could not be proven is tried again at the next start.
     """
     why: dict[str, str] = {}
+    seen = {proof.TRUSTED, "fake"}
     async with contextlib.AsyncExitStack() as stack:
         proofs: Builtin | None = None
         for engine in engines:
-            if engine.backend in (proof.TRUSTED, "fake") or engine.backend in why:
+            if engine.backend in seen:  # of its devices it computes with the first
                 continue
+            seen.add(engine.backend)
             subject, verdict = await asyncio.to_thread(_remembered, config, engine)
             if verdict is None:
                 try:

@@ -29,17 +29,19 @@ ENTRIES_MAX = 64  # the newest are kept
 FILE_BYTES_MAX = 1 << 20
 PROOF = 1  # counted up where proofs become stricter: then all engines are proven again
 _FORMAT = 1
-_LIBRARIES = ("mlx-lm", "llama-cpp-python")  # beside the backend's own
+_LIBRARIES = ("llama-cpp-python",)  # beside the backend's own
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One proof. proven_s: since 1970. versions: what had a part in it, for people."""
+    """One proof. proven_s: since 1970. versions: what had a part in it, for people. model: the
+    digest of the one in use, "" of the built-in one."""
 
     key: str
     subject: Subject
     verdict: Verdict
     proven_s: float
     versions: tuple[str, ...] = ()
+    model: str = ""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -53,12 +55,13 @@ class Verified:
     def __init__(self, home: Path) -> None:
         self._path = home / "verified.json"
 
-    def find(self, subject: Subject, model: str = "") -> Verdict | None:
-        """What was found of this engine and exactly these versions; None: nothing was, or it could
-        not be proven. model: digest of the model in use, "" for the built-in one."""
-        key = _key(subject, model)
-        entry = next((entry for entry in self.entries() if entry.key == key), None)
-        return entry.verdict if entry and entry.verdict.how in ("passed", "wrong") else None
+    def find(self, subject: Subject) -> Verdict | None:
+        """What was found of this engine and exactly these versions: that it is wrong, with whatever
+        model; else how it did with the built-in one. None: nothing, or it could not be proven."""
+        known = [e for e in self.entries() if e.key == _key(subject, e.model)]
+        wrong = next((e.verdict for e in known if e.verdict.how == "wrong"), None)
+        passed = (e.verdict for e in known if not e.model and e.verdict.how == "passed")
+        return wrong or next(passed, None)
 
     def keep(
         self,
@@ -70,7 +73,7 @@ class Verified:
         """Remember it. now_s: since 1970."""
         key = _key(subject, model)
         entry = Entry(
-            key, subject, verdict, time.time() if now_s is None else now_s, versions(subject)
+            key, subject, verdict, time.time() if now_s is None else now_s, versions(subject), model
         )
         others = [other for other in self.entries() if other.key != key]
         self._write((*others, entry)[-ENTRIES_MAX:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,13 +11,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from peer import children
+from peer import children, cli
 from peer.config import Config
+from peer.models.imports import import_gguf
+from peer.models.manifest import Manifest
+from peer.models.store import Store
 from peer.planning import proving
+from peer.planning.canary import Canary
 from peer.planning.profile import EngineProfile
 from peer.planning.proof import Subject
 from peer.planning.proving import Builtin, Workplace, trusted
 from peer.planning.verified import Verified
+from tests import random_models
+from tests.mlx_models import tiny
+from tests.random_models import Model, Shapes
 from tests.wrong_engine import CHILD_S
 
 MLX = EngineProfile("mlx", "CPU", "cpu")
@@ -158,3 +167,142 @@ async def test_what_a_killed_proof_left_is_removed(config: Config) -> None:
             assert first.exists(), "one that still works holds a lock"
         assert not second.exists()
     assert left(config.home) == []
+
+
+# The model in use --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Model], Path]:
+    """Random models, each written once."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def file(model: Model) -> Path:
+        path = folder / f"{model.name}.gguf"
+        return path if path.exists() else random_models.write(model, path, change=_usual)
+
+    return file
+
+
+def _usual(shapes: Shapes) -> Shapes:
+    """Without tensors that an architecture may have and files do not."""
+    return {n: s for n, s in shapes.items() if not re.search(r"scale$|\.bias$|^rope_f|^cls", n)}
+
+
+Q4_1 = tiny("llama", quantised="Q4_1")
+EXPERTS = tiny("llama", quantised="Q8_0", expert_count=6, expert_used_count=2)
+GELU = tiny("gemma3", quantised="Q8_0", **{"attention.sliding_window": 16, "rope.freq_base": 1e6})
+
+
+def canary(
+    home: Path, work: Path, path: Path, held: set[str] | None = None, memory_bytes: int = 1 << 30
+) -> tuple[Canary, Manifest]:
+    store = Store(home)
+    manifest = import_gguf(path, store)
+    parts = {part.name for part in manifest.parts} if held is None else held
+    folder = store.folder(manifest.digest)
+    for part in manifest.parts:
+        if part.name not in parts | {"head"}:
+            (folder / part.file).unlink()
+    return Canary(folder, manifest, parts, work, 1, memory_bytes), manifest
+
+
+@pytest.mark.parametrize("model", [Q4_1, EXPERTS, GELU], ids=lambda model: model.name)
+async def test_engines_agree_on_the_model_in_use_and_on_its_truth(
+    config: Config, work: Path, files: Callable[[Model], Path], model: Model
+) -> None:
+    bird, _ = canary(config.home, work, files(model))
+    for subject in (Subject("mlx", "cpu"), Subject("llama_cpp", "cpu")):
+        verdict = await bird.prove(subject)
+        assert (verdict.how, verdict.why) == ("passed", "")
+        assert [figure.layer for figure in verdict.layers] == [1, 2, 3, 4]
+        assert all(figure.own > 1e-3 for figure in verdict.layers), "llama.cpp rounds activations"
+        assert verdict.logits is not None
+        assert verdict.own is not None
+        if subject.backend == "mlx":
+            assert max(figure.error for figure in verdict.layers) < 1e-3
+            assert verdict.logits.error < verdict.own.error / 3
+    assert bird.untold == ""
+
+
+async def test_of_a_part_of_the_model_its_layers_are_compared(
+    config: Config, work: Path, files: Callable[[Model], Path]
+) -> None:
+    held = {"layer-002", "layer-003"}
+    bird, _ = canary(config.home, work, files(Q4_1), held)
+    verdict = await bird.prove(Subject("mlx", "cpu"))
+    assert verdict.how == "passed"
+    assert [(f.layer, f.holds, f.copied) for f in verdict.layers] == [
+        (2, "Q4_1", True), (3, "Q4_1", True),
+    ]  # fmt: skip
+    assert verdict.logits is None
+    assert "only some layers are compared" in bird.untold
+
+
+async def test_with_little_memory_less_is_compared(
+    config: Config, work: Path, files: Callable[[Model], Path]
+) -> None:
+    bird, manifest = canary(config.home, work, files(Q4_1), memory_bytes=1 << 20)
+    verdict = await bird.prove(Subject("mlx", "cpu"))
+    assert verdict.how == "passed"
+    assert [figure.layer for figure in verdict.layers] == [1, 2], "as many copies as there is room"
+    assert verdict.logits is not None
+    assert verdict.own is None, "no copy of the whole"
+    held = {part.name for part in manifest.parts}
+    folder = config.home / "models" / manifest.digest
+    least = await Canary(folder, manifest, held, work, 1, 1 << 17).prove(Subject("mlx", "cpu"))
+    assert least.how == "skipped"
+    assert "fits into memory" in least.why
+
+
+async def test_a_wrong_engine_is_caught_on_the_model_in_use(
+    config: Config, work: Path, files: Callable[[Model], Path], break_mlx: Break
+) -> None:
+    break_mlx("q4_1")
+    bird, manifest = canary(config.home, work, files(Q4_1))
+    verdict = await bird.prove(Subject("mlx", "cpu"))
+    assert verdict.how == "wrong"
+    assert "its Q4_1 weights give wrong numbers (layer " in verdict.why
+    assert manifest.model in verdict.why
+
+
+async def test_a_model_that_an_engine_does_not_run_is_not_compared(
+    config: Config, work: Path, files: Callable[[Model], Path]
+) -> None:
+    bird, _ = canary(config.home, work, files(Model("mpt")))
+    verdict = await bird.prove(Subject("mlx", "cpu"))
+    assert verdict.how == "skipped"
+    assert verdict.why.startswith("it does not run this model: ")
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def test_the_command_proves_all_engines_and_keeps_it(
+    config: Config,
+    files: Callable[[Model], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HALKA_THREADS", "1")
+    import_gguf(files(Q4_1), Store(config.home))
+    assert cli.main(["verify", "--home", str(config.home)]) == 0
+    told = capsys.readouterr()
+    assert told.out.count(" passed") == 4
+    assert "What was checked on this machine" in told.out
+    assert "the built-in model …" in told.err
+    assert len(Verified(config.home).entries()) == 4
+    assert left(config.home) == ["models", "verified.json"]
+
+
+def test_the_command_says_which_engine_is_wrong(
+    config: Config, break_mlx: Break, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_mlx("q4_1")
+    assert cli.main(["verify", "--json", "--home", str(config.home)]) == 1
+    told = json.loads(capsys.readouterr().out)
+    hows = {proof["subject"]["backend"]: proof["builtin"]["how"] for proof in told["proofs"]}
+    assert hows == {"llama_cpp": "passed", "mlx": "wrong"}
+    assert "There is no model here yet" in told["notes"][0]
+    mlx = next(c for c in told["checklist"] if c["what"].startswith("MLX 0."))
+    assert mlx["state"] == "no"

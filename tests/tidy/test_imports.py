@@ -75,6 +75,14 @@ INTRODUCED = {
     # A proof runs windows in a process of its own, as a stage does, of models that it makes.
     "peer.planning.verify": {"peer.models.manifest", "peer.models.parts"},
     "peer.planning.proving": {"peer.models.disk"},
+    "peer.planning.canary": {"peer.models.manifest"},
+    "peer.planning.copies": {
+        "peer.models.blocks",
+        "peer.models.disk",
+        "peer.models.gguf",
+        "peer.models.kinds",
+        "peer.models.manifest",
+    },
     "peer.planning.builtin": {
         "peer.models.blocks",
         "peer.models.gguf",

@@ -111,6 +111,13 @@ def test_what_an_engine_may_be_off_by(subject: Subject, figure: LayerFigure, how
     assert judge(subject, "it", [figure], None, None).how == how
 
 
+def test_a_models_own_layers_may_be_a_little_farther_off() -> None:
+    for error, how in ((1e-3, "passed"), (4e-3, "wrong")):
+        layers = [LayerFigure(0, "Q4_1", error, 0.01)]
+        assert judge(MLX, "it", layers, None, None, real=True).how == how
+        assert judge(MLX, "it", layers, None, None).how == "wrong"
+
+
 def test_weights_that_may_be_small_may_be_farther_off() -> None:
     figure = LayerFigure(0, "Q6_K", 5e-3, 0.02, rounded=True)
     small = Subject("mlx", "cpu", weights="small")

@@ -38,7 +38,6 @@ def test_another_release_or_device_is_not_proven(tmp_path: Path, change: dict[st
     store = Verified(tmp_path)
     store.keep(MLX, PASSED)
     assert store.find(msgspec.structs.replace(MLX, **change)) is None
-    assert store.find(MLX, "another model") is None
 
 
 def test_another_release_of_halka_or_of_the_system_is_proven_again(
@@ -61,6 +60,17 @@ def test_what_could_not_be_proven_is_shown_and_tried_again(tmp_path: Path) -> No
     store.keep(MLX, DIED)
     assert store.find(MLX) is None
     assert [entry.verdict for entry in store.entries()] == [DIED]
+
+
+def test_an_engine_that_is_wrong_with_the_model_in_use_is_wrong(tmp_path: Path) -> None:
+    store = Verified(tmp_path)
+    store.keep(MLX, PASSED, "d" * 64)
+    assert store.find(MLX) is None, "of the built-in model nothing is known"
+    store.keep(MLX, PASSED)
+    assert store.find(MLX) == PASSED
+    store.keep(MLX, WRONG, "e" * 64)
+    assert store.find(MLX) == WRONG
+    assert store.find(msgspec.structs.replace(MLX, version="0.33.1")) is None
 
 
 def test_the_newest_verdict_counts_and_old_ones_make_room(tmp_path: Path) -> None:
