@@ -48,7 +48,7 @@ def test_who_does_not_come_is_named() -> None:
     at = addresses(3)
     with ranks(2) as threads:
         first = threads.submit(meeting.meet, settings(0, at), 1.0)
-        other = threads.submit(meeting.meet, settings(2, at), 1.0)
+        other = threads.submit(meeting.meet, settings(2, at), 2.0)  # it waits until then
         with pytest.raises(BackendFault, match=rf"rank 1 \({at[1]}\) of the island did not come"):
             first.result()
         with pytest.raises(BackendFault, match=r"rank 0 of the island at .* did not come"):
