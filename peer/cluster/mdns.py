@@ -206,13 +206,14 @@ def _of_version(hosts: Sequence[str], version: IPVersion) -> list[str]:
     Raises: OSError where none can.
     """
     wanted = [host for host in hosts if (":" in host) == (version is IPVersion.V6Only)]
-    good = [host for host in wanted if ":" in host or _multicasts(host)]
+    good = [host for host in wanted if ":" in host or multicasts(host)]
     if not good:
         raise OSError(errno.ENODEV, f"no multicast on {', '.join(wanted)}")
     return good
 
 
-def _multicasts(host: str) -> bool:
+def multicasts(host: str) -> bool:
+    """Whether multicast can be listened to now on an IPv4 address of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         member = socket.inet_aton(GROUP) + socket.inet_aton(host)
         try:
