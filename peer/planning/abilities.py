@@ -27,6 +27,9 @@ KV_FACTOR = 2.7
 FILL_TOKENS = 256  # of the KV cache that a decode step reads: in the middle of a short answer
 GPU_HEADROOM_BYTES = 512 << 20  # a driver's own, and the desktop's next window
 REPACKS = ("mlx",)  # backends that keep weights of their own, and KV cells of f16, in one place
+# What these have besides while they compute a layer: attention's scores, where they are written
+# down (`backends.mlx.window.SCORES_BYTES`), and the layer's KV cells in float32 and float16.
+SCORES_BYTES, WIDENED = 1 << 28, 3
 OWN_MEMORY = ("cuda", "rocm", "hip", "vulkan")  # kinds of GPUs that do not use the machine's
 
 # What is usual for a processor that was not measured: bytes of weights read a second when decoding,
@@ -85,6 +88,7 @@ class Able:
     unified: bool
     held: ModelShape
     repacks: bool = False
+    scratch_bytes: int = 0  # for all of its windows, besides what every engine needs for each
 
     @property
     def peer_id(self) -> str:
@@ -148,7 +152,12 @@ def able(profile: Profile, shape: ModelShape, size: Size, backend: str = "") -> 
         unified=unified,
         held=held,
         repacks=repacks,
+        scratch_bytes=_scratch_bytes(held, size) if repacks else 0,
     )
+
+
+def _scratch_bytes(held: ModelShape, size: Size) -> int:
+    return SCORES_BYTES + WIDENED * max(held.layer_kv_bytes, default=0) * size.kv_cells
 
 
 def mapping(profiles: Sequence[Profile], shape: ModelShape) -> list[Profile]:

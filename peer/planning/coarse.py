@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peer.planning.costs import UNREACHED_S, Problem
+from peer.planning.costs import UNREACHED_S, Able, Problem
 from peer.planning.cuts import Cuts, Needs, nearest
-from peer.planning.profile import ModelShape
 from peer.planning.rings import Ring, made
 
 _WINDOWS_MAX = 1_200_000  # of all peers that are looked at: some 0.3 GiB of tables
@@ -37,7 +36,7 @@ def in_proportion(of: Problem, everyone: bool) -> Ring | None:
     needs: dict[int, Needs] = {}
     for able in of.peers:
         if id(able.held) not in needs:
-            needs[id(able.held)] = _needs(of, able.held, cuts)
+            needs[id(able.held)] = _needs(of, able, cuts)
     each = [needs[id(of.peers[i].held)] for i in order]
     edges = nearest(each, [rooms[i] for i in order], everyone) if each else []
     steps = [(i, a, b) for i, (a, b) in zip(order, edges, strict=False) if a < b]
@@ -45,13 +44,14 @@ def in_proportion(of: Problem, everyone: bool) -> Ring | None:
     return made(of, steps, 1, layers) if steps else None
 
 
-def _needs(of: Problem, held: ModelShape, cuts: Cuts) -> Needs:
-    """held: the model as some peers keep it in memory."""
+def _needs(of: Problem, able: Able, cuts: Cuts) -> Needs:
+    """Of a peer, and of all others that keep the model in memory as it does."""
+    held = able.held
     return Needs(
         cuts,
         np.array(held.layer_bytes, np.int64)
         + of.size.kv_cells * np.array(held.layer_kv_bytes, np.int64),
-        compute=of.compute_bytes,
+        compute=of.compute_bytes + able.scratch_bytes,
         embed=held.embed_bytes,
         tail=held.output_bytes + of.logits_bytes,
         tied=held.embed_bytes if held.tied else 0,

@@ -133,7 +133,8 @@ def _memory(model: _Model, of: Problem, able: Able, peer: _Peer, rounds: int) ->
     held = able.held
     weights, kept = _MIB * rounds * _mean(held.layer_bytes), _MIB * rounds * of.size.kv_cells
     layer = weights + kept * _mean(held.layer_kv_bytes)
-    scratch, tail = _MIB * rounds * of.compute_bytes, _MIB * of.end_bytes(able, False, True)
+    scratch, least = _MIB * rounds * of.compute_bytes, of.end_bytes(able, False, False)
+    scratch, tail = scratch + _MIB * least, _MIB * (of.end_bytes(able, False, True) - least)
     ram = {peer.cpu: layer, peer.used: scratch, peer.tail: tail, peer.read: -1.0}
     if able.unified:
         ram[peer.gpu] = layer

@@ -39,8 +39,9 @@ class Problem:
     logits_bytes: int  # of the tail
 
     def end_bytes(self, able: Able, head: bool, tail: bool) -> int:
-        """What a peer's windows need besides their layers, where they are the ends of the ring."""
-        found = self.logits_bytes + able.tail_bytes if tail else 0
+        """What a peer's windows need together besides their layers, by which ends of the ring they
+        are."""
+        found = able.scratch_bytes + (self.logits_bytes + able.tail_bytes if tail else 0)
         if head:
             found += able.head_bytes - (able.shared_bytes if tail else 0)
         return found

@@ -119,7 +119,11 @@ def stayed(shape: ModelShape, windows: Sequence[PlanWindow], before: Split) -> s
 def least_bytes(of: Problem, able: Able) -> int:
     """What a window of one layer needs at least on this peer."""
     each = zip(able.held.layer_bytes, able.held.layer_kv_bytes, strict=True)
-    return of.compute_bytes + min(weights + of.size.kv_cells * kv for weights, kv in each)
+    return (
+        able.scratch_bytes
+        + of.compute_bytes
+        + min(weights + of.size.kv_cells * kv for weights, kv in each)
+    )
 
 
 def missing(able: Sequence[Profile], shape: ModelShape, size: Size, wishes: Wishes) -> str:
@@ -164,7 +168,8 @@ def _whole_bytes(of: Problem, able: Able) -> int:
     """What all layers need in one stage of this peer."""
     held = able.held
     kv = of.size.kv_cells * sum(held.layer_kv_bytes)
-    return held.window_bytes(0, held.layers) + kv + of.compute_bytes + of.logits_bytes
+    ends = of.compute_bytes + of.logits_bytes + able.scratch_bytes
+    return held.window_bytes(0, held.layers) + kv + ends
 
 
 _DISKS = ", and no peer's disk is known to be fast enough to read them again for each token"

@@ -206,8 +206,8 @@ class Tables:
         return np.broadcast_to(a, (self.width + 1, self.width + 1))
 
     def _ends(self, able: Able) -> Ints:
-        """[W + 1, W + 1] what windows at the ends of the ring need besides their layers."""
-        ends = np.zeros((self.width + 1, self.width + 1), np.int64)
+        """[W + 1, W + 1] what windows need besides their layers, most at the ends of the ring."""
+        ends = np.full((self.width + 1,) * 2, self.of.end_bytes(able, False, False), np.int64)
         ends[0] = self.of.end_bytes(able, True, False)
         ends[:, -1] = self.of.end_bytes(able, False, True)
         ends[0, -1] = self.of.end_bytes(able, True, True)

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 import backends
 from backends.base import Ability, BackendFault, Engine, Header, TensorFact, Weights
+from backends.mlx import window as mlx_window
 from peer.errors import NoPlan
 from peer.models.imports import import_gguf
 from peer.models.store import Store
@@ -187,12 +188,14 @@ def test_weights_weigh_what_they_do_in_memory() -> None:
     of = model(repacked(factor=1.5))
     there = problem(mac(), of)
     (able,) = there.peers
-    ends = there.compute_bytes + there.logits_bytes
+    ends = there.compute_bytes + there.logits_bytes + able.scratch_bytes
     kv = 1024 * 1024
     for windows, embed, output in (([(3, 7)], 0, 0), ([(0, 4)], 90, 0), ([(8, 12)], 0, 120)):
         found = costs.part(there, able, windows, 0)
         assert found
-        wanted = 4 * (150 * MIB + kv) + (embed + output) * MIB + there.compute_bytes
+        wanted = (
+            4 * (150 * MIB + kv) + (embed + output) * MIB + there.compute_bytes + able.scratch_bytes
+        )
         wanted += there.logits_bytes if output else 0
         assert found.memory_bytes == found.gpu_bytes == wanted
         assert found.gpu_layers == 4, "all of a window is where its weights are"
@@ -208,6 +211,14 @@ def test_weights_weigh_what_they_do_in_memory() -> None:
     assert mapped.memory_bytes == 4 * (100 * MIB + kv) + plain.compute_bytes
 
 
+def test_an_engine_that_repacks_is_given_room_to_compute_in() -> None:
+    of = model(EXACT, layer_kv_bytes=(100, 4000, *(100,) * 10))
+    (able,) = problem(mac(), of, Size(512, 2000, 64)).peers
+    assert able.scratch_bytes == mlx_window.SCORES_BYTES + 3 * 4000 * 2000
+    (able,) = problem(linux(), of).peers
+    assert able.scratch_bytes == 0
+
+
 def test_a_tied_embedding_is_in_memory_once() -> None:
     of = model(replace(repacked(factor=1.5), output_bytes=0), tied=True, output_bytes=0)
     there = problem(mac(), of)
@@ -218,7 +229,7 @@ def test_a_tied_embedding_is_in_memory_once() -> None:
     assert head
     assert tail
     assert head.memory_bytes + tail.memory_bytes - alone.memory_bytes == (
-        90 * MIB + there.compute_bytes
+        90 * MIB + there.compute_bytes + able.scratch_bytes
     )
 
 
