@@ -34,6 +34,12 @@ _YARN = {
 }
 _WIDE = {"attention.key_length": 48, "attention.value_length": 48}
 _SLIDES = {"attention.sliding_window": SLIDING}
+_SCALES = {
+    "attention.scale": 0.1,
+    "embedding_scale": 12.0,
+    "residual_scale": 0.3,
+    "logit_scale": 0.25,
+}
 _LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
 _CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 _GLOBAL = {"rope.freq_base": 1e6}
@@ -52,7 +58,7 @@ def tiny(
         moe=plain.moe,
         tied=tied,
         quantised=quantised,
-        layers=LAYERS,
+        layers=wanted["block_count"],
         extra=extra | wanted,
         label=label,
     )
@@ -83,11 +89,25 @@ _ALL = [
     tiny("phi3", label="part", **{"rope.dimension_count": 24, "attention.sliding_window": 2047}),
     tiny("gpt-oss", **_GPT_OSS),
     tiny("gpt-oss", label="yarn", **_GPT_OSS, **_YARN),
+    tiny("granite", tied=True, logit_scale=1.0),
+    tiny("granite", label="scales", **_SCALES),
+    tiny("smollm3", tied=True, block_count=12),
+    tiny("olmo2"),
+    tiny("olmoe", **_MIXTRAL, **{"attention.head_count_kv": HEADS}),
+    tiny("seed_oss", **_WIDE),
+    tiny("ernie4_5", tied=True),
+    tiny("glm4", **{"rope.dimension_count": 16}),
+    tiny("hunyuan-dense", tied=True, **_WIDE),
 ]
 _LABELLED = {"factors": (r"^rope_freqs",), "biases": (r"\.bias$",)}
 MODELS = {model.name: model for model in _ALL}
 
-_BIASED = {"qwen2": r"attn_[qkv]\.bias$", "gpt-oss": r"\.bias$"}  # which of them have which
+_QKV_BIAS = r"attn_[qkv]\.bias$"
+_BIASED = {
+    "qwen2": _QKV_BIAS,
+    "seed_oss": _QKV_BIAS,
+    "gpt-oss": r"\.bias$",
+}  # which of them have which
 _ODD = re.compile(r"scale$|\.bias$|^rope_f|^cls|^output\.bias$")  # optional, and rare in files
 
 
@@ -115,6 +135,11 @@ def _fused(shapes: Shapes) -> Shapes:
         rows = found[stem][1] if stem in found else 0
         found[stem] = (shape[0], rows + shape[1]) if stem != name else shape
     return found
+
+
+def edges(name: str) -> tuple[int, int]:
+    """Where the model is cut into three windows."""
+    return (4, 8) if name.startswith("smollm3") else (2, 4)
 
 
 class Chain:

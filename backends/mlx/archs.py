@@ -75,7 +75,8 @@ class Row:
     heads. part_rotary: heads may be rotated in part. yarn: that scaling may be used. factors:
     rope_freqs.weight may be there. tied: whether the head may be the embedding. norm_offset: added
     to norms' weights. softcap: of the logits, where the file does not say.
-    sliding_base: of the rotation of sliding layers, 0 for that of all. fused: whether the class
+    sliding_base: of the rotation of sliding layers, 0 for that of all. unrotated: every so many-th
+    layer knows no positions. fused: whether the class
     leaves attention to MLX's own function.
     """
 
@@ -95,6 +96,7 @@ class Row:
     softcap: float = 0.0
     sliding_base: float = 0.0
     sliding_default: int = 0
+    unrotated: int = 0
     experts: bool = False
     fused: bool = True
     special: Callable[[Header], str] | None = None
@@ -259,6 +261,35 @@ def _softcaps(header: Header) -> str:
     return _slides(header)
 
 
+def _granite(header: Header, of: Sizes) -> Arguments:
+    return {
+        "attention_multiplier": decimal(header, "attention.scale", 0.0) or of.head**-0.5,
+        "embedding_multiplier": 1.0,  # skeleton.embedding_scale
+        "residual_multiplier": decimal(header, "residual_scale", 0.0) or 1.0,
+        "logits_scaling": 1.0,  # skeleton.logits_divisor
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def _odd_scales(header: Header) -> str:
+    scales = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
+    if not all(0.0 <= decimal(header, scale, 0.0) < 1e6 for scale in scales):
+        return "its header's scales make no sense"
+    if plain(header, "rope.scaling.finetuned") is False:  # llama.cpp: without any positions then
+        return "its header says that its positions were not trained"
+    return ""
+
+
+def _olmoe(_header: Header, of: Sizes) -> Arguments:
+    return {
+        "num_experts": of.experts,
+        "num_experts_per_tok": of.experts_used,
+        "norm_topk_prob": False,
+        "intermediate_size": of.ffn,
+    }
+
+
 _BIASES = {"attention_bias": names.ATTENTION_BIASES, "mlp_bias": names.MLP_BIASES}
 
 LLAMA = Row("llama", names.LLAMA, optional=_BIASES, traditional=True, factors=True)
@@ -326,4 +357,33 @@ TABLE: dict[str, Row] = {
         experts=True,
         special=_slides,
     ),
+    "granite": Row(
+        "granite",
+        names.LLAMA,
+        keys=frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}),
+        more=_granite,
+        traditional=True,
+        own_head=False,
+        special=_odd_scales,
+    ),
+    "smollm3": Row("llama", names.LLAMA, traditional=True, unrotated=4),
+    "olmo2": Row("olmo2", names.OLMO2),
+    "olmoe": Row("olmoe", names.OLMOE, keys=_EXPERTS, more=_olmoe, experts=True),
+    "seed_oss": Row(
+        "seed_oss", names.SEED_OSS, more=lambda _header, _sizes: {"attention_bias": True}
+    ),
+    "ernie4_5": Row(
+        "ernie4_5",
+        names.LLAMA,
+        more=lambda _header, _sizes: {"use_bias": False},
+        traditional=True,
+    ),
+    "glm4": Row(
+        "glm4",
+        names.GLM4,
+        more=lambda _header, _sizes: {"attention_bias": False, "partial_rotary_factor": 1.0},
+        traditional=True,
+        part_rotary=True,
+    ),
+    "hunyuan-dense": Row("hunyuan_v1_dense", names.HUNYUAN),
 }

@@ -81,3 +81,35 @@ GPT_OSS: Names = {
     **_biases(**_GPT_OSS),
     "self_attn.sinks": "attn_sinks.weight",
 }
+
+_POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+OLMO2: Names = _weights(**_QKVO, **_QK_NORMS, **_POST_NORMS, **_FFN)
+OLMOE: Names = _weights(**_QKVO, **_QK_NORMS, **_NORMS, **_experts("mlp__gate", "mlp__switch_mlp"))
+SEED_OSS: Names = {
+    **_weights(
+        **_QKVO,
+        **_FFN,
+        input_layernorm="attn_norm",
+        post_attention_layernorm="post_attention_norm",
+    ),
+    **_biases(**_QKV),
+}
+GLM4: Names = _weights(
+    **_QKVO,
+    mlp__gate_up_proj="ffn_up",
+    mlp__down_proj="ffn_down",
+    input_layernorm="attn_norm",
+    post_self_attn_layernorm="post_attention_norm",
+    post_attention_layernorm="ffn_norm",
+    post_mlp_layernorm="post_ffw_norm",
+)
+HUNYUAN: Names = _weights(
+    **_QKVO,
+    **_NORMS,
+    **_FFN,
+    self_attn__query_layernorm="attn_q_norm",
+    self_attn__key_layernorm="attn_k_norm",
+)

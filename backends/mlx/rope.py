@@ -90,6 +90,11 @@ class Positions:
             self.first, self.each = None, self._mx.array(positions)
 
 
+def unturned(x: Any, offset: Any = 0) -> Any:
+    """The rope of a layer that knows no positions."""
+    return x
+
+
 class Rope:
     """What an attention calls as `self.rope(x, offset=…)`; x: [1, heads, rows, size]."""
 

@@ -46,8 +46,8 @@ def windows(header: Header) -> tuple[int, ...]:
     return tuple(int(size) if slid else 0 for slid in slides[: header.layers])
 
 
-def rotations(header: Header) -> tuple[Rotation, ...]:
-    """How each layer rotates."""
+def rotations(header: Header) -> tuple[Rotation | None, ...]:
+    """How each layer rotates; None where it does not."""
     found, of = row(header), sizes(header)
     assert found is not None
     scaling = scaling_of(header)
@@ -62,6 +62,9 @@ def rotations(header: Header) -> tuple[Rotation, ...]:
         beta_slow=decimal(header, "rope.scaling.yarn_beta_slow", 1.0),
         factors=names.ROPE_FREQS in header.tensors,
     )
+    if found.unrotated:
+        layers = range(1, header.layers + 1)
+        return tuple(everywhere if layer % found.unrotated else None for layer in layers)
     if not found.sliding_base:
         return (everywhere,) * header.layers
     base = decimal(header, "rope.freq_base_swa", found.sliding_base)
@@ -72,7 +75,14 @@ def rotations(header: Header) -> tuple[Rotation, ...]:
 def embedding_scale(header: Header) -> float:
     """What token embeddings are multiplied by."""
     found = row(header)
-    return math.sqrt(sizes(header).hidden) if found and found.scales_embedding else 1.0
+    if found and found.scales_embedding:
+        return math.sqrt(sizes(header).hidden)
+    return decimal(header, "embedding_scale", 0.0) or 1.0  # 0: as if it were not there
+
+
+def logits_divisor(header: Header) -> float:
+    """What the logits are divided by."""
+    return decimal(header, "logit_scale", 0.0) or 1.0
 
 
 def softcap(header: Header) -> float:

@@ -22,7 +22,7 @@ from backends.mlx import archs, names, skeleton
 from backends.mlx.cells import LayerCells, Place, width_of
 from backends.mlx.library import Library
 from backends.mlx.pool import Cells, Pool
-from backends.mlx.rope import Positions, Rope
+from backends.mlx.rope import Positions, Rope, unturned
 from backends.mlx.sizes import sizes
 from backends.mlx.weights import Matrix, Tensors
 
@@ -58,6 +58,7 @@ class LoadedWindow:
         # float32, as llama.cpp's: mlx_lm rounds gemma's to bfloat16.
         self._scale = np.float32(skeleton.embedding_scale(window.header)).item()
         self._softcap = skeleton.softcap(window.header)
+        self._divisor = np.float32(skeleton.logits_divisor(window.header)).item()
         self._build(window, tensors, shard)
         self._weights_bytes = tensors.size_bytes
 
@@ -71,15 +72,18 @@ class LoadedWindow:
         factors = None
         if names.ROPE_FREQS in window.header.tensors:
             factors = tensors.vector(names.ROPE_FREQS)
-            if factors.shape != (rotations[0].dims // 2,) or not (factors > 0).all():
+            dims = max(rotation.dims for rotation in rotations if rotation)
+            if factors.shape != (dims // 2,) or not (factors > 0).all():
                 raise BackendFault(f"the model's tensor {names.ROPE_FREQS} is odd", "refused")
         wanted = archs.layer_names(window.header)
         for number in range(window.first, window.last):
             layer = model.model.layers[number]
             self._fill(layer, number, wanted, row.norm_offset, tensors)
             rotation = rotations[number]
-            layer.self_attn.rope = Rope(
-                self._mx, rotation, self._positions, factors if rotation.factors else None
+            layer.self_attn.rope = (
+                Rope(self._mx, rotation, self._positions, factors if rotation.factors else None)
+                if rotation
+                else unturned
             )
             if shard is not None:
                 before = _bytes(self._library, layer)
@@ -231,6 +235,7 @@ class LoadedWindow:
         if len(wanted) < len(outputs):
             hidden = hidden[mx.array(wanted.astype(np.int32))]
         logits = self._head.times(self._norm(hidden))
+        logits = logits / self._divisor if self._divisor != 1.0 else logits
         return mx.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
     def trim(self, slot: int, position: int) -> None:

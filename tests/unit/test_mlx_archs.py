@@ -28,6 +28,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "qwen3moe": {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 96},
     "gpt-oss": {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 96,
                 "attention.sliding_window": 128},
+    "olmoe": {"expert_count": 8, "expert_used_count": 2},
     "gemma2": {"attention.sliding_window": 4096},
     "gemma3": {"attention.sliding_window": 512, "rope.freq_base": 1e6},
 }  # fmt: skip
@@ -79,6 +80,18 @@ _BIASES = [f"blk.{n}.attn_{part}.bias" for n in range(6) for part in ("q", "k", 
         ("phi3", {"rope.dimension_count": 24, "attention.sliding_window": 2047}, ()),
         ("gemma3", {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, ()),
         ("gemma2", {"attention.sliding_window": None}, ()),  # 4096 then
+        (
+            "granite",
+            {
+                "attention.scale": 0.1,
+                "embedding_scale": 12.0,
+                "residual_scale": 0.2,
+                "logit_scale": 8.0,
+                "rope.scaling.finetuned": True,
+            },
+            (),
+        ),
+        ("glm4", {"rope.dimension_count": 16}, ()),
     ],
 )
 def test_what_a_row_may_have_is_taken(name: str, more: dict[str, Any], tensors: Any) -> None:
@@ -146,6 +159,9 @@ def test_what_a_row_may_have_is_taken(name: str, more: dict[str, Any], tensors: 
         ("gemma3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "scaling yarn"),
         ("gpt-oss", {"attention.sliding_window": None}, "which of its layers slide"),
         ("gpt-oss", {"rope.freq_base_swa": 1e4}, "freq_base_swa"),
+        ("granite", {"rope.scaling.finetuned": False}, "positions were not trained"),
+        ("granite", {"residual_scale": math.nan}, "scales make no sense"),
+        ("olmo2", {"attention.sliding_window": 4096}, "attention.sliding_window"),
     ],
 )  # fmt: skip
 def test_what_a_row_does_not_compute_is_refused_by_name(
@@ -183,6 +199,11 @@ def test_tensors_that_a_row_does_not_use_are_refused_by_name(
     assert re.search(why, archs.refusal(header(name, tensors=tensors)))
 
 
+def test_every_fourth_layer_of_smollm3_knows_no_positions() -> None:
+    turned = [rotation is not None for rotation in skeleton.rotations(header("smollm3"))]
+    assert turned == [True, True, True, False, True, True]
+
+
 def test_an_unknown_architecture_is_refused() -> None:
     assert "no proof that MLX computes mamba" in archs.refusal(
         Header({"general.architecture": "mamba"}, {})
@@ -193,7 +214,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 def test_gemma_alternates_and_its_large_models_scale_otherwise() -> None:
     small, large = header("gemma3"), header("gemma3", {"block_count": 62})
     assert skeleton.windows(small) == (512, 512, 512, 512, 512, 0)
-    assert [r.base for r in skeleton.rotations(small)] == [1e4] * 5 + [1e6]
+    assert [r.base for r in skeleton.rotations(small) if r] == [1e4] * 5 + [1e6]
     wide = {"attention.key_length": 64, "attention.value_length": 64}
     assert skeleton.arguments(header("gemma3", wide))["query_pre_attn_scalar"] == 64
     large = header("gemma3", {"block_count": 62, **wide})
