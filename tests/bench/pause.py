@@ -67,8 +67,8 @@ class Figures:
         return self.seen.pause[0]
 
 
-def figures(seen: Seen, right: str, fetched_bytes: int) -> Figures:
-    """What the logs say."""
+def figures(seen: Seen, wrong: str, fetched_bytes: int) -> Figures:
+    """What the logs say. wrong: why the answer is not right, "" where it is."""
     reader = seen.reader
     went_on = [line.at_s for line in seen.matching("answer=continued", by=seen.entry)]
     until_s = (went_on[-1] if went_on else math.inf) + 0.1
@@ -85,7 +85,7 @@ def figures(seen: Seen, right: str, fetched_bytes: int) -> Figures:
         seen, since(noticed[0]) if noticed else math.nan, last(PLANNED), last(SERVES),
         since(seen.pause[1]), fetched_bytes,
         not reader.error and reader.finish == "length" and reader.tokens == TOKENS
-        and reader.text == right and bool(seen.starts),
+        and not wrong and bool(seen.starts),
     )  # fmt: skip
 
 
@@ -114,7 +114,8 @@ def of(four: Home, one: Truth, case: Case, chunk: int) -> Figures:
     received = {m.name: m.received_bytes() for m in four.world.machines.values()}
     seen = four.run(case)
     fetched = sum(m.received_bytes() - received[m.name] for m in four.world.machines.values())
-    found = figures(seen, one.story(QUESTION, TOKENS, chunk, seen.starts), fetched)
+    wrong = one.wrong(QUESTION, seen.reader.text, TOKENS, chunk, seen.starts)
+    found = figures(seen, wrong, fetched)
     say(
         f"  {case}: noticed {found.noticed_s:.2f} s, planned {found.planned_s:.2f}, serves "
         f"{found.served_s:.2f}, token {found.token_s:.2f}; pause {found.pause_s:.2f} s, "

@@ -145,6 +145,15 @@ class Home:
         self._settings |= settings
         self.mend()
 
+    def empty(self) -> None:
+        """Another ring, whose slots keep nothing of earlier answers."""
+        plan = self.machine(NAMES[0]).status()["model"]["plan"]
+        kill_stage(self.at("tail"))
+        self.world.until(
+            lambda: self.is_whole() and self.machine(NAMES[0]).status()["model"]["plan"] != plan,
+            WHOLE_S, "all four serve another plan",
+        )  # fmt: skip
+
     def forget(self, names: Sequence[str]) -> None:
         """These machines lose all parts that they have, and fetch those that they need again."""
         for name in names:
