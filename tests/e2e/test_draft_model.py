@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import llama_cpp.llama_cpp as llama
 import pytest
 
 import backends
@@ -32,9 +29,8 @@ from tests.plain_llama import PlainLlama
 from tests.plans import PEERS
 from tests.random_models import write
 from tests.rule_models import MODELS
-from tests.smollm2 import smollm2
+from tests.smollm2 import Q4_0, requantised, smollm2
 
-Q4_0 = 2  # llama.h: LLAMA_FTYPE_MOSTLY_Q4_0
 TEXT = "<|im_start|>user\nHow do bees make honey?<|im_end|>\n<|im_start|>assistant\n"
 TOKENS = 120
 
@@ -54,12 +50,7 @@ def target(home: Path) -> Path:
 @pytest.fixture(scope="module")
 def drafter(home: Path, target: Path) -> Iterator[DraftModel]:
     """The same model with fewer bits."""
-    params = llama.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize, params.nthread = Q4_0, True, 1
-    path = home / "fewer-bits.gguf"
-    assert not llama.llama_model_quantize(
-        os.fsencode(smollm2()), os.fsencode(path), ctypes.byref(params)
-    )
+    path = requantised(home / "fewer-bits.gguf", Q4_0)
     store = Store(home)
     folder = store.folder(import_gguf(path, store).digest)
     found = load(backends.load("llama_cpp"), folder, target, threads=1, kv_cells=4096)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from msgspec.structs import replace
 
+from peer.errors import AnswerFailed
 from peer.models.imports import import_gguf
 from peer.models.store import Store
 from peer.planning.plan import Plan, check
@@ -97,3 +100,39 @@ def test_an_islands_plan_names_each_peer_once(tmp_path: Path, store: Store) -> N
     rounds = plan_of(store, manifest, (3, 6, 9), "fake", peers=2)
     windows = (replace(rounds.split.windows[0], island=(PEERS[4],)), *rounds.split.windows[1:])
     assert "rounds" in check(replace(rounds, split=replace(rounds.split, windows=windows)))
+
+
+@pytest.mark.timeout(200)
+async def test_an_island_of_two_mlx_processes_in_a_ring_with_llama_cpp(tmp_path: Path) -> None:
+    """Gives what one MLX process gives in its place, and is over with any of its processes."""
+    pytest.importorskip("mlx.core", reason="the engine is not installed: pip install halka[mlx]")
+    from tests.mlx_models import written
+
+    store = Store(tmp_path)
+    manifest = import_gguf(written("llama", tmp_path / "model.gguf"), store)
+    plan = plan_of(store, manifest, (3,), "llama_cpp", context=256, kv_cells=512)
+    first = replace(plan.split.windows[0], backend="mlx")
+    split = replace(plan.split, windows=(first, plan.split.windows[1]), speculation="off")
+    plan = replace(plan, split=split)
+    folder = store.folder(manifest.digest)
+    async with running(plan, folder) as ring:
+        expected = await ring.tokens(PROMPT, 40)
+    island = with_islands(plan, {0: E_})
+    async with running(island, folder) as ring:
+        assert await ring.tokens(PROMPT, 40) == expected
+        again = [*PROMPT, *expected, 7, 8, 9]
+        assert len(await ring.tokens(again, 10)) == 10
+        weights = {peer: ring.news[peer].weights_bytes for peer in island.peers}
+        assert weights[PEERS[0]] == weights[E_[0]]
+        (pid,) = ring.supervisors[E_[0]].pids().values()
+        children = psutil.Process(pid).children(recursive=True)
+        assert children
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        with pytest.raises(AnswerFailed):
+            await asyncio.wait_for(ring.tokens([*again, 11], 40), 60)
+        while not {PEERS[0], *E_} <= set(ring.exits):  # both say so, whoever noticed first
+            ring.changed.clear()
+            await asyncio.wait_for(ring.changed.wait(), 60)
+        assert "island" in " ".join(ring.exits.values())
