@@ -192,7 +192,7 @@ class Kept:
         for at in range(kept, len(ids), LONG):
             some = ids[at : at + LONG]
             logits = self._model.step(some, range(at, at + len(some)))
-        return logits[-1]
+        return np.array(logits[-1])
 
     def answer(self, ids: Sequence[int], count: int, kept: int = 0) -> list[int]:
         """So many tokens after these."""
