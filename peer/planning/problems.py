@@ -51,11 +51,11 @@ def problem(
     profiles: Sequence[Profile],
     shape: ModelShape,
     size: Size,
-    backends: Mapping[str, str] = MappingProxyType({}),
+    engines: Mapping[str, str] = MappingProxyType({}),
 ) -> Problem:
-    """What these peers could do with the model. Those that cannot run it are passed over. backends:
+    """What these peers could do with the model. Those that cannot run it are passed over. engines:
     by peer id, where it is not the one that would run it."""
-    found = (able(p, shape, size, backends.get(p.peer_id, "")) for p in profiles)
+    found = (able(p, shape, size, engines.get(p.peer_id, "")) for p in profiles)
     peers = tuple(peer for peer in found if peer is not None)
     bytes_hop, bytes_chunk = 4 * shape.hidden, 4 * shape.hidden * size.batch_tokens
     links = [[_link(a.profile, b.profile) for b in peers] for a in peers]
@@ -80,9 +80,9 @@ def problem(
 def of_split(profiles: Sequence[Profile], shape: ModelShape, split: Split) -> Problem:
     """What these peers could do with the model in a split's size, with its engines and islands."""
     size = Size(split.context, split.kv_cells, split.batch_tokens, split.kv_type)
-    backends = {window.peer_id: window.backend for window in split.windows}
+    engines = {window.peer_id: window.backend for window in split.windows}
     as_peers = islands.seen(profiles, shape, split)
-    return problem(as_peers, sized(shape, split.kv_type), size, backends)
+    return problem(as_peers, sized(shape, split.kv_type), size, engines)
 
 
 def compute_bytes(shape: ModelShape, size: Size) -> int:

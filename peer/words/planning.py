@@ -166,12 +166,12 @@ def _seen(
 
 def _gpus(peers: Sequence[Profile], split: Split) -> Mapping[str, tuple[str, str]]:
     """(device, kind) of the GPU that the engine of each peer's windows can use."""
-    backends = {window.peer_id: window.backend for window in split.windows}
+    of_windows = {window.peer_id: window.backend for window in split.windows}
     return {
         peer.peer_id: (engine.device, engine.kind)
         for peer in peers
         for engine in reversed(peer.engines)
-        if engine.kind != "cpu" and engine.backend == backends.get(peer.peer_id)
+        if engine.kind != "cpu" and engine.backend == of_windows.get(peer.peer_id)
         and engine.memory_free_bytes
     }  # fmt: skip
 

@@ -36,6 +36,7 @@ class OneAgent:
         self.profiles = {self.me: Profile(self.me, "oak", "linux", 2, 1 << 30, 1 << 30)}
         self.introduce(self._with(*engines))
         self.unusable: dict[str, str] = {}
+        self.refused_engines: dict[str, str] = {}
         self.offered: list[str] = []
 
     def _with(self, *engines: EngineProfile) -> Profile:
@@ -100,7 +101,8 @@ async def test_a_model_whose_measurement_was_killed_is_offered_later(
 async def test_an_engine_that_did_not_start_is_looked_for_again(
     store: Store, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
-    async def found(config: Config) -> tuple[EngineProfile, ...]:
+    async def found(config: Config, refused: dict[str, str]) -> tuple[EngineProfile, ...]:
+        refused["mlx"] = "MLX 0.33.0 is refused"
         return (CPU,)
 
     monkeypatch.setattr(survey, "engines", found)
@@ -109,6 +111,7 @@ async def test_an_engine_that_did_not_start_is_looked_for_again(
     async with watching(agent, store):
         await until(lambda: agent.offered == ["elm-f32"], 20, "the model is offered")
     assert agent.profiles[agent.me].engines == (CPU,)
+    assert agent.refused_engines == {"mlx": "MLX 0.33.0 is refused"}
     assert agent.profiles[agent.me].leaving, "finding an engine takes no wish back"
 
 
