@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
@@ -16,13 +17,14 @@ from peer.config import Config
 from peer.models.imports import import_gguf
 from peer.models.manifest import Manifest
 from peer.models.store import Store
-from peer.planning import proving
+from peer.planning import proving, survey
 from peer.planning.canary import Canary
 from peer.planning.profile import EngineProfile
-from peer.planning.proof import Subject
+from peer.planning.proof import MODEL, Subject, Verdict
 from peer.planning.proving import Builtin, Workplace, trusted
 from peer.planning.verified import Verified
 from tests import random_models
+from tests.e2e.agents import START_S, House, until
 from tests.mlx_models import tiny
 from tests.random_models import Model, Shapes
 from tests.wrong_engine import CHILD_S
@@ -167,6 +169,33 @@ async def test_what_a_killed_proof_left_is_removed(config: Config) -> None:
             assert first.exists(), "one that still works holds a lock"
         assert not second.exists()
     assert left(config.home) == []
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    """One agent that prefers MLX, not started."""
+    house = House(tmp_path, 1, HALKA_BACKEND="mlx")
+    try:
+        with house.watched():
+            yield house
+    finally:
+        house.close()
+
+
+def test_an_agent_says_which_engine_it_refuses_and_why(house: House) -> None:
+    (agent,) = house.agents
+    seen = asyncio.run(survey.measure(Config.fast_test(home=agent.home, backend="mlx")))
+    subject = proving.subject_of(seen.engines[0], "auto")
+    why = "its Q4_1 weights give wrong numbers (layer 2 of the built-in model: 12 % off)"
+    Verified(agent.home).keep(subject, Verdict(MODEL, "wrong", why))
+    house.start()
+    problems = until(lambda: agent.status()["problems"], START_S, "it has something to say")
+    told = [problem for problem in problems if problem["what"].startswith("MLX 0.")]
+    assert f"is refused: {why}; update it" in told[0]["what"]
+    assert told[0]["mend"] == "halka verify"
+    shown = agent.word("status")
+    assert "its Q4_1 weights give wrong numbers" in " ".join(shown.stdout.split())
+    assert f"engine=refused because={subject.name} is refused: {why}" in agent.text()
 
 
 # The model in use --------------------------------------------------------------------------------
