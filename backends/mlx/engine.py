@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from backends.base import BackendFault, Batch, Footprint, Settings, Slot, Window
 from backends.llama_cpp.rules import cuts
 from backends.mlx import archs
-from backends.mlx.library import library
+from backends.mlx.library import library, wire
 from backends.mlx.window import LoadedWindow, Shard, usual_cache_bytes
 
 KV_TYPES = ("f16", "q8_0", "f32")  # q8_0: kept in float16; f32: what tests compare with
@@ -24,6 +24,7 @@ class MlxBackend:
 
     def __init__(self, settings: Settings, shard: Shard | None = None) -> None:
         self._library = library()
+        wire(self._library.mx)
         self._settings, self._shard = settings, shard
         self._windows: dict[tuple[int, int], LoadedWindow] = {}
         if settings.kv_type not in KV_TYPES:

@@ -103,13 +103,20 @@ def devices() -> list[Device]:
     pages, free = os.sysconf("SC_PHYS_PAGES"), _free_bytes()
     total = pages * os.sysconf("SC_PAGE_SIZE")
     name = str(info.get("device_name") or platform.machine())
-    if sys.platform != "darwin":
+    if not mx.metal.is_available():
         return [Device(name, "cpu", min(free, total), total)]
     # Beyond it, macOS takes memory from the GPU's allocations.
     limit = int(info.get("max_recommended_working_set_size") or total * 3 // 4)
     used = int(mx.get_active_memory()) + int(mx.get_cache_memory())
     gpu = Device(name, "metal", max(0, limit - used), limit, integrated=True)
     return [gpu, Device(platform.processor() or name, "cpu", min(free, total), total)]
+
+
+def wire(mx: Any) -> None:
+    """Let macOS keep the weights where the GPU reads them, as mlx_lm does while it generates:
+    pages that are unused for a second would be slow to come back."""
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
 def _free_bytes() -> int:

@@ -23,6 +23,7 @@ class Tensors:
         self._library, self._header, self._places = library, header, places
         self._weights = weights
         self.size_bytes = 0  # of all that were taken, in MLX's memory
+        self.widened_bytes = 0  # of the largest one in float32: see _widened
 
     def take(self, name: str) -> Dense | Packed:
         """One tensor, repacked. Raises BackendFault."""
@@ -59,6 +60,7 @@ class Tensors:
             arrays = [module[last]]
         self._library.mx.eval(arrays)
         self.size_bytes += sum(array.nbytes for array in arrays)
+        self.widened_bytes = max(self.widened_bytes, _widened(arrays))
 
     def matrix(self, name: str, rows: int, columns: int) -> Matrix:
         """A matrix of its own: the token embedding, or the output."""
@@ -67,6 +69,7 @@ class Tensors:
         _check(name, shape, (rows, columns))
         matrix = Matrix(self._library, found)
         self.size_bytes += matrix.size_bytes
+        self.widened_bytes = max(self.widened_bytes, _widened(matrix.arrays))
         return matrix
 
     def vector(self, name: str) -> NDArray[np.float32]:
@@ -88,9 +91,10 @@ class Matrix:
             self._how = {"group_size": found.group, "bits": found.bits, "mode": found.mode}
         else:
             self._weight, self._scales, self._biases = dense(library, found), None, None
-        held = [a for a in (self._weight, self._scales, self._biases) if a is not None]
-        self._mx.eval(held)
-        self.size_bytes = sum(array.nbytes for array in held)
+        held = (self._weight, self._scales, self._biases)
+        self.arrays = [array for array in held if array is not None]
+        self._mx.eval(self.arrays)
+        self.size_bytes = sum(array.nbytes for array in self.arrays)
 
     def rows(self, ids: Any) -> Any:
         """float32 [ids, columns]. Scales are widened first: MLX dequantises in their type."""
@@ -123,6 +127,11 @@ def _arrays(library: Library, found: Packed) -> tuple[Any, Any, Any]:
     mx = library.mx
     biases = None if found.biases is None else mx.array(found.biases)
     return mx.array(found.weight), mx.array(found.scales), biases
+
+
+def _widened(arrays: list[Any]) -> int:
+    """What MLX makes of 16-bit numbers, or scales, at each product with float32: a copy."""
+    return sum(array.size * 4 for array in arrays if array.itemsize == 2)
 
 
 def _unpacked(found: Packed) -> tuple[int, ...]:

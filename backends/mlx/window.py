@@ -60,7 +60,7 @@ class LoadedWindow:
         self._softcap = skeleton.softcap(window.header)
         self._divisor = np.float32(skeleton.logits_divisor(window.header)).item()
         self._build(window, tensors, shard)
-        self._weights_bytes = tensors.size_bytes
+        self._weights_bytes, self._widened_bytes = tensors.size_bytes, tensors.widened_bytes
 
     def _build(self, window: Window, tensors: Tensors, shard: Shard | None) -> None:
         """Everything that the window holds, from its files."""
@@ -133,7 +133,7 @@ class LoadedWindow:
     @property
     def compute_bytes(self) -> int:
         """An estimate of what a step needs beside weights and cells: masks, scores and widened
-        cells of one layer, some activations of it, and the logits."""
+        cells of one layer, some activations of it, one widened tensor, and the logits."""
         rows, cells = self._rows_at_once(self._settings.kv_cells), self._settings.kv_cells
         of = self._of
         masks = rows * cells * len(set(self._windows))
@@ -143,7 +143,7 @@ class LoadedWindow:
         inner = max(of.ffn if not of.experts else 0, expert_rows if of.experts else 0)
         activations = rows * (6 * of.hidden + 3 * inner + 3 * of.heads * of.head) * _F32
         logits = rows * of.words * _F32 if self._last else 0
-        return masks + scores + widened + activations + logits
+        return masks + scores + widened + activations + self._widened_bytes + logits
 
     def run(self, batch: Batch, x: NDArray[Any]) -> NDArray[np.float32]:
         """See Backend.run."""

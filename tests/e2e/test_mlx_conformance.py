@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -348,6 +349,20 @@ def test_a_loaded_window_tells_what_it_uses(tmp_path: Path) -> None:
     finally:
         backend.close()
     assert mx.get_active_memory() - before < held / 20
+
+
+def test_a_window_that_was_loaded_on_one_thread_runs_on_another(tmp_path: Path) -> None:
+    ids = some_ids(3, 8)
+    with cut("gemma3", tmp_path) as ring, ThreadPoolExecutor(1) as thread:
+        there = thread.submit(ring.step, ids, range(8)).result(timeout=60)
+        thread.submit(ring.backend.trim, 0, 0).result(timeout=60)
+        assert apart(ring.step(ids, range(8)), there) <= 2e-5
+
+
+def test_the_processor_is_a_device_with_its_memory() -> None:
+    (device,) = [device for device in MLX.devices() if device.kind == "cpu"]
+    assert device.name
+    assert 1 << 28 < device.memory_free_bytes <= device.memory_total_bytes
 
 
 def test_tensors_that_are_missing_or_of_another_shape_are_named(tmp_path: Path) -> None:
