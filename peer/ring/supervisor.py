@@ -305,8 +305,7 @@ def _on_gpu(plan: Plan, peer_id: str) -> bool:
     await both without computing."""
     windows = [plan.split.windows[index] for index in plan.windows_of(peer_id)]
     return any(
-        window.island or (window.gpu_layers != 0 and window.backend != "fake")
-        for window in windows
+        window.island or (window.gpu_layers != 0 and window.backend != "fake") for window in windows
     )
 
 
