@@ -310,18 +310,18 @@ def test_numbers_that_are_not_finite_do_not_outlive_their_answer(tmp_path: Path)
         x = np.random.default_rng(0).standard_normal((8, HIDDEN)).astype(np.float32)
 
         def run(slot: int, given: NDArray[np.float32]) -> NDArray[np.float32]:
-            rows = np.arange(8, dtype=np.int32)
-            batch = Batch(np.full(8, slot, np.int32), rows, np.ones(8, np.bool_))
+            rows = np.arange(len(given), dtype=np.int32)
+            batch = Batch(np.full_like(rows, slot), rows, np.ones(len(given), np.bool_))
             result = ring.backend.run(window, batch, given).copy()
             ring.backend.trim(slot, 0)
             return result
 
-        clean = run(0, x)
+        clean = run(0, x[:2])  # fewer rows: the other cells are looked at, and not written anew
         broken = x.copy()
         broken[3] = np.nan
         assert not np.isfinite(run(1, broken)).all()
         for slot in range(SETTINGS.slots):
-            assert apart(run(slot, x), clean) <= 1e-6
+            assert apart(run(slot, x[:2]), clean) <= 1e-6
 
 
 def test_a_loaded_window_tells_what_it_uses(tmp_path: Path) -> None:
