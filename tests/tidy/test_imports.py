@@ -120,6 +120,7 @@ LIBRARIES = {
     "rich": {"peer/words/"},
     "llama_cpp": {"backends/llama_cpp/"},
     "mlx": {"backends/mlx/"},
+    "mlx_lm": {"backends/mlx/"},
     "pynvml": {"peer/planning/gpus.py"},
     "highspy": {"peer/planning/counts.py"},
     "dbus_fast": {"peer/sleep.py"},

@@ -307,13 +307,14 @@ def test_every_dependency_has_its_reason_beside_it() -> None:
 
 IMPORTED_AS = {
     "pyzmq": "zmq", "llama-cpp-python": "llama_cpp", "nvidia-ml-py": "pynvml",
-    "dbus-fast": "dbus_fast",
+    "dbus-fast": "dbus_fast", "mlx-lm": "mlx_lm",
 }  # fmt: skip
 
 
 def test_every_dependency_is_used_and_everything_used_is_one() -> None:
     project = tomllib.loads(text(ROOT / "pyproject.toml"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["llama"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["llama"], *extras["mlx"]]
     names = [re.split(r"[<>=!~;\[ ]", entry, maxsplit=1)[0] for entry in wanted]
     declared = {IMPORTED_AS.get(entry, entry) for entry in names}
     used = {

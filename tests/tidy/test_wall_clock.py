@@ -13,6 +13,7 @@ MAY_KNOW = {
     "peer/api/openai.py",  # `created` of an answer
     "peer/models/store.py",  # when a model was pulled
     "peer/models/template.py",  # what day it is, for chat templates that tell the model
+    "peer/planning/verified.py",  # when an engine was proven
     "peer/words/bench.py",  # the day of a measurement
     "peer/cluster/identity.py",  # the incarnation, where its file was lost
 }
