@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from peer.planning.profile import ModelOffer, ModelShape
 from peer.planning.split import unusable
 
@@ -98,7 +100,7 @@ def _known(
     for of_model in by_digest.values():
         agreed = _Known(_agreed(of_model, me))
         for peer_id, offer in of_model.items():
-            if offer.shape == agreed.shape:
+            if _alike(offer.shape, agreed.shape):
                 agreed.take(offer)
                 continue
             who = "this peer does" if me in of_model else "others do"
@@ -117,6 +119,13 @@ def _agreed(of_model: Mapping[str, ModelOffer], me: str) -> ModelShape:
     votes: list[tuple[ModelShape, int]] = []
     for offer in of_model.values():
         shape = offer.shape
-        at = next((i for i, (told, _) in enumerate(votes) if told == shape), len(votes))
-        votes[at : at + 1] = [(shape, votes[at][1] + 1 if at < len(votes) else 1)]
+        at = next((i for i, (told, _) in enumerate(votes) if _alike(told, shape)), len(votes))
+        told, votes_before = votes[at] if at < len(votes) else (shape, 0)
+        votes[at : at + 1] = [(told if told.fits else shape, votes_before + 1)]
     return max(votes, key=lambda vote: vote[1])[0]
+
+
+def _alike(a: ModelShape, b: ModelShape) -> bool:
+    """Whether two peers describe one model. What its engines can do with it is each one's own word:
+    a release that knows another engine is no reason to ignore the parts that a peer holds."""
+    return replace(a, fits=()) == replace(b, fits=())

@@ -262,6 +262,22 @@ def test_the_list_of_those_files_is_no_longer_than_it_must_be(library: str) -> N
     )
 
 
+def test_the_agent_never_imports_an_engine_nor_does_asking_what_one_could_run() -> None:
+    program = (
+        "import sys, peer.daemon, peer.ring.supervisor, backends\n"
+        "from backends.base import Header\n"
+        "for name in ('llama_cpp', 'mlx'):\n"
+        "    backends.load(name).can_run(Header({'general.architecture': 'llama'}, {}))\n"
+        "print([name for name in ('mlx', 'mlx_lm', 'transformers', 'llama_cpp')"
+        " if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("typed", [["--help"], ["status", "--help"]], ids=" ".join)
 def test_the_command_line_starts_without_anything_heavy(typed: list[str]) -> None:
     """Each of these costs 50 to 200 ms; `halka status` has 200 in all."""

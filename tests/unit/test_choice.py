@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from peer.planning.choice import Choice, choose
-from peer.planning.profile import ModelOffer, ModelShape
+from peer.planning.profile import Fit, ModelOffer, ModelShape
 from tests.coordinator import A, B, C, D, offer, shape
 
 TRUE = shape()
@@ -35,6 +35,15 @@ def test_a_peer_that_describes_a_model_otherwise_than_this_one_does_not_count() 
     choice = chosen(b=offer(TRUE), a=offer(LIE, 4e9), c=offer(LIE, 4e9), d=offer(LIE, 4e9))
     assert choice.shapes == (TRUE,)
     assert list(choice.ignored) == [A, C, D]
+
+
+def test_peers_of_a_release_that_knows_fewer_engines_still_count() -> None:
+    newer = replace(TRUE, fits=(Fit("mlx", how="no", why="its types"),))
+    for mine, others in ((TRUE, newer), (newer, TRUE)):
+        choice = choose({B: [offer(mine)], A: [offer(others)]}, "", B)
+        assert choice.shapes == (mine,)
+        assert not choice.ignored
+    assert chosen(a=offer(TRUE), c=offer(newer), d=offer(TRUE)).shapes == (newer,)
 
 
 def test_of_a_model_that_only_others_have_the_shape_of_most_counts() -> None:
