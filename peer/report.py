@@ -242,8 +242,8 @@ def _peer(agent: Agent, peer_id: str, shown: PlanState | None) -> PeerState:
 
 def _with_plan(agent: Agent, basic: PeerState, shown: PlanState) -> PeerState:
     plan, peer_id = shown.plan, basic.peer_id
-    windows = tuple((w.first, w.last) for w in plan.split.windows if w.peer_id == peer_id)
-    if not windows:
+    mine = [plan.split.windows[index] for index in plan.windows_of(peer_id)]
+    if not mine:
         why = next((out.why for out in plan.split.left_out if out.peer_id == peer_id), "")
         return msgspec.structs.replace(basic, why=why)
     known = _report(agent, peer_id, shown)
@@ -253,10 +253,9 @@ def _with_plan(agent: Agent, basic: PeerState, shown: PlanState) -> PeerState:
         phase = known.phase
     else:  # the coordinator has not told its report yet
         phase = "ready" if shown.phase == "linking" else "loading"
-    mine = [plan.split.windows[index] for index in plan.windows_of(peer_id)]
     basic = msgspec.structs.replace(
         basic,
-        layers=windows,
+        layers=tuple((window.first, window.last) for window in mine),
         phase=phase,
         backend=mine[0].backend,
         on_gpu=mine[0].gpu_layers != 0,

@@ -132,9 +132,11 @@ def _setup(status: Status, plan: Plan, quick: bool, busy: int) -> Setup:
             peer.memory_total_bytes,
             tuple(dict.fromkeys(e.device or e.kind for e in peer.engines)),
             peer.version,
-            tuple((w.first, w.last) for w in split.windows if w.peer_id == peer_id),
+            tuple(
+                (split.windows[i].first, split.windows[i].last) for i in plan.windows_of(peer_id)
+            ),
         )
-        for peer_id in plan.ring
+        for peer_id in plan.peers
         if (peer := peers.get(peer_id))
     ]
     return Setup(

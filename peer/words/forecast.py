@@ -48,6 +48,11 @@ class Seen:
         """For people."""
         return self.labels.get(peer_id, peer_id[:8])
 
+    def names(self, peer_id: str) -> str:
+        """Of all who compute this peer's windows together with it."""
+        others = dict.fromkeys(other for w in self.windows(peer_id) for other in w.island)
+        return " + ".join(map(self.name, (peer_id, *others)))
+
     def windows(self, peer_id: str) -> list[PlanWindow]:
         """In rounds' order."""
         return [window for window in self.split.windows if window.peer_id == peer_id]
@@ -87,11 +92,16 @@ def facts(seen: Seen, screen: Screen) -> str:
     split = seen.split
     return screen.pick(" · ", ", ").join(
         [
-            count(seen.shape.layers, "layer"), count(len(seen.ring), "peer"),
+            count(seen.shape.layers, "layer"), count(_peers(seen), "peer"),
             count(seen.rounds, "round"), f"{split.context} tokens of context",
             count(split.slots, "slot"), *_settings(split),
         ]
     )  # fmt: skip
+
+
+def _peers(seen: Seen) -> int:
+    """All that take part."""
+    return len(seen.ring) + sum(len(window.island) for window in seen.split.windows)
 
 
 def _settings(split: Split) -> list[str]:
@@ -186,7 +196,7 @@ def picture(seen: Seen, screen: Screen) -> list[str]:
     """The ring, its layers, and what the bars are made of."""
     rows = [
         ring.Row(
-            name=seen.name(peer_id),
+            name=seen.names(peer_id),
             windows=tuple((w.first, w.last) for w in seen.windows(peer_id)),
             phase=_role(seen, peer_id),
             right=size(seen.total_bytes(peer_id)),
@@ -218,7 +228,7 @@ def peers(seen: Seen, screen: Screen) -> list[str]:
     """Each peer's part in words, and why the others have none."""
     out: list[str] = []
     for peer_id in seen.ring:
-        name, uses = seen.name(peer_id), _memory(seen, peer_id)
+        name, uses = seen.names(peer_id), _memory(seen, peer_id)
         if peer := seen.forecast_of(peer_id):
             out += screen.wrap(f"{name}: {_work(seen, peer)}", "  ", "    ")
             out += screen.wrap(uses, "    ")
@@ -235,6 +245,8 @@ def _work(seen: Seen, peer: PeerForecast) -> str:
     """What a peer computes and reads for a token."""
     layers, on_gpu = _layers(seen, peer.peer_id), sum(map(seen.on_gpu, seen.windows(peer.peer_id)))
     text = count(layers, "layer")
+    if seen.windows(peer.peer_id)[0].island:
+        text += ", each computed by all of them together,"
     if not on_gpu:
         text += " on the CPU"
     else:
@@ -277,7 +289,7 @@ def moves(shape: ModelShape, split: Split, held: Mapping[str, Sequence[str]]) ->
     wanted: set[tuple[str, str]] = set()
     for window in split.windows:
         parts = shape.window_parts(window.first, window.last)
-        wanted |= {(window.peer_id, part) for part in parts}
+        wanted |= {(p, part) for p in (window.peer_id, *window.island) for part in parts}
     lacking = [part for peer_id, part in wanted if part not in held.get(peer_id, ())]
     return len(lacking), sum(sizes[part] for part in lacking)
 

@@ -59,13 +59,14 @@ class Agent:
         }
         self.process: subprocess.Popen[bytes] | None = None
         self.peer_id = ""
+        self.module = "peer"  # that is run
 
     def start(self, known: str = "") -> None:
         """Start it (again). known: host:port of an agent that runs, where multicast finds none."""
         environment = self.environment | ({"HALKA_PEERS": known} if known else {})
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "peer", "run"],
+                [sys.executable, "-m", self.module, "run"],
                 env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         conftest.kept.add(self.process.pid)
