@@ -57,10 +57,18 @@ class Hops:
             used.add((peer_id, host))
             return _in_url(host)
 
-        order = connecting(action, self._cluster.me, by_way)
+        order = connecting(action, self._cluster.me, by_way, self._meeting_host)
         if used and action.plan in self._supervisor.pids():  # it may have ended meanwhile
             self._by[action.plan] = used
         self._supervisor.send(action.plan, order)
+
+    def _meeting_host(self, peer_id: str) -> str:
+        """By which an island meets: MLX knows IPv4 only. Where the peer is known by no such address
+        its stage says so."""
+        chosen = self._cluster.ways.way_to(peer_id)
+        others = self._cluster.ways.hosts_of(peer_id)
+        known = (chosen, self._bare_host_of(peer_id), *others)
+        return next((host for host in known if host and ":" not in host), _in_url(known[1] or ""))
 
     def over(self, plan: PlanId) -> None:
         """The plan's stage is told to stop."""

@@ -11,21 +11,24 @@ from peer.protocol import Follower, StageConnect
 _LOOPBACK = ("127.0.0.1", "[::1]")
 
 
-def connecting(action: ConnectStage, me: str, host_of: Callable[[str], str]) -> StageConnect:
-    """The order to this peer's stage. host_of: another peer's host as in a URL."""
+def connecting(
+    action: ConnectStage, me: str, host_of: Callable[[str], str], meet_at: Callable[[str], str]
+) -> StageConnect:
+    """The order to this peer's stage. host_of: another peer's host as in a URL; meet_at: the same
+    for islands."""
     link = action.next
-    island = action.island
-    others = [each for each in island if each.peer_id != me]
-    mine = _own_host(host_of(others[0].peer_id)) if others else ""
-    hosts = {each.peer_id: host_of(each.peer_id) for each in others} | {me: mine}
-    leads = bool(island) and island[0].peer_id == me
+    first, *others = action.island or (link,)
+    leads = first.peer_id == me and bool(others)
+    hosts = {each.peer_id: meet_at(each.peer_id) for each in others} if leads else {}
+    if leads:
+        hosts[me] = _own_host(hosts[others[0].peer_id])
     return StageConnect(
         f"tcp://{host_of(link.peer_id)}:{link.ring_port}",
         link.key,
         action.previous_key,
-        tuple(f"{hosts[each.peer_id]}:{each.island_port}" for each in island),
+        tuple(f"{hosts[p.peer_id]}:{p.island_port}" for p in (first, *others) if leads),
         tuple(
-            Follower(f"tcp://{hosts[each.peer_id]}:{each.ring_port}", each.key)
+            Follower(f"tcp://{host_of(each.peer_id)}:{each.ring_port}", each.key)
             for each in (others if leads else ())
         ),
     )

@@ -35,8 +35,8 @@ class Follower(msgspec.Struct, frozen=True):
 class StageConnect(Message, frozen=True, tag="connect"):
     """All stages are ready: where the next one listens, and which keys may speak to this one.
 
-    island: host:port where each rank of this stage's island is to be met, by rank. followers: its
-    other stages, told to the first one.
+    island: host:port where each rank of this stage's island is to be met, by rank; followers: its
+    other stages. Both are told to the first one, which tells the others where.
     """
 
     next_address: Address

@@ -48,6 +48,7 @@ class Wayfinder:
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._links: dict[str, Link] = {}  # of the main ways
         self._hosts: dict[str, frozenset[str]] = {}  # by which the links go
+        self._known: dict[str, tuple[str, ...]] = {}  # that members say they have
         self._group: asyncio.TaskGroup | None = None
         self._news = asyncio.Event()  # replaced by the next one each time
         self.measures_link: Callable[[], bool] = lambda: False
@@ -75,6 +76,7 @@ class Wayfinder:
         for host in before - {*hosts, self.way_to(peer_id)}:
             self.lost(peer_id, host)  # a way that was chosen is watched by itself
         read = [(str(ip), port, place) for place in places for ip, port in [addresses.read(place)]]
+        self._known[peer_id] = tuple(dict.fromkeys(at for at, _, _ in read))
         if not read:
             return
         main = next((place for at, _, place in read if at == hosts[0]), "")
@@ -87,12 +89,17 @@ class Wayfinder:
         """The peer is a member no longer."""
         self._links.pop(peer_id, None)
         self._hosts.pop(peer_id, None)
+        self._known.pop(peer_id, None)
         self._feed(w.Gone(peer_id))
 
     def way_to(self, peer_id: str) -> str | None:
         """The host by which hops go to the peer, None: the one by which its link does."""
         chosen = self._ways.chosen(peer_id)
         return str(addresses.read(chosen)[0]) if chosen else None
+
+    def hosts_of(self, peer_id: str) -> tuple[str, ...]:
+        """By which a member says that it can be reached."""
+        return self._known.get(peer_id, ())
 
     async def settled(self, peer_id: str, within_s: float) -> None:
         """Wait until all ways to the peer were tried, but not for long."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from backends.base import Batch
 from peer.errors import ProtocolError, StalePlan
-from peer.planning.plan import Plan, PlanId
+from peer.planning.plan import ISLAND_MAX, Plan, PlanId
 from peer.planning.profile import PeerId, Seconds
 from peer.protocol import IDS_BYTES_MAX, Sampling, Token
 
@@ -117,6 +117,16 @@ class Sampled(msgspec.Struct, frozen=True, tag_field="f", tag="sampled", omit_de
     slowest_s: Seconds = 0.0
 
 
+class Meet(msgspec.Struct, frozen=True, tag_field="f", tag="meet"):
+    """The first stage of an island to its others: where each rank is to be met, host:port by rank.
+    All of them use the same addresses, as this one sees them."""
+
+    plan: PlanId
+    addresses: Annotated[
+        tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=ISLAND_MAX)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """A header with its rows and their activations, float32 [rows, hidden], or ids, int32 [rows].
@@ -129,8 +139,8 @@ class Frame:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[FrameHeader | Sampled] = msgspec.msgpack.Decoder(
-    FrameHeader | Sampled
+_decoder: msgspec.msgpack.Decoder[FrameHeader | Sampled | Meet] = msgspec.msgpack.Decoder(
+    FrameHeader | Sampled | Meet
 )
 
 
@@ -157,15 +167,15 @@ def encode_frame(header: FrameHeader, index: bytes | memoryview, x: NDArray[Any]
     return [np.ascontiguousarray(x).reshape(-1).view(np.uint8).data, b"".join(rest)]
 
 
-def encode_sampled(sampled: Sampled) -> list[bytes]:
-    """The message's part."""
+def encode_sampled(sampled: Sampled | Meet) -> list[bytes]:
+    """The part of a message without rows."""
     head = _encoder.encode(sampled)
     return [head + _LENGTH.pack(len(head))]
 
 
 def decode(
     parts: list[memoryview], plan: Plan, vocabulary: int = 0, *, ids: bool = False
-) -> Frame | Sampled:
+) -> Frame | Sampled | Meet:
     """What came in, checked against the plan. vocabulary: ids below it exist; 0: not known. ids:
     this stage computes the first window together with the head, so its rows are ids, int32.
 
@@ -184,9 +194,11 @@ def decode(
         raise ProtocolError(f"not a frame: {error}") from error
     if header.plan != plan.id:
         raise StalePlan(f"a frame of plan {header.plan}, but plan {plan.id} is served")
-    if isinstance(header, Sampled):
+    if not isinstance(header, FrameHeader):
         if len(parts) != 1 or begin:
-            raise ProtocolError("sampled tokens with something else")
+            raise ProtocolError("sampled tokens or addresses with something else")
+        if isinstance(header, Meet):
+            return header
         if header.taken and sum(header.taken) != len(header.tokens):
             raise ProtocolError("the slots' shares are not the tokens that came")
         _check_faults(header.faults, plan)

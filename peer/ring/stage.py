@@ -32,7 +32,7 @@ from peer.protocol import (
 )
 from peer.ring import crashing, drafting
 from peer.ring import scheduler as schedule
-from peer.ring.frames import message_bytes_max
+from peer.ring.frames import Meet, encode_sampled, message_bytes_max
 from peer.ring.head import Head
 from peer.ring.links import Links
 from peer.ring.pipe import Pipe
@@ -117,19 +117,23 @@ class Stage:
 
     def connect(self, order: StageConnect) -> None:
         """The ring is complete: link to the next stage, and to those of this one's island."""
-        if order.island:
-            window = self.plan.split.windows[self.windows.mine[0]]
-            rank = self.plan.island_of(self.peer_id).index(self.peer_id)
-            self._load(Island(rank, order.island, window.devices, self.order.step_s))
-            self.links.lead((each.address, each.key) for each in order.followers)
         if self.steps.follows:
-            self.door.admit("ring", [order.previous_key])
-            return self.linked()
+            return self.door.admit("ring", [order.previous_key])  # it says where to meet
+        if order.island:
+            self.links.lead((each.address, each.key) for each in order.followers)
+            self.links.share(encode_sampled(Meet(self.plan.id, order.island)))
+            self.meet(order.island)
         if self.alone:
             return self.linked()
         self.door.admit("ring", [order.previous_key])
         if watch := self.links.connect(order.next_address, order.next_key):
             self.poller.register(watch.socket, zmq.POLLIN)
+
+    def meet(self, addresses: tuple[str, ...]) -> None:
+        """Load together with the other stages of this one's island."""
+        window = self.plan.split.windows[self.windows.mine[0]]
+        rank = self.plan.island_of(self.peer_id).index(self.peer_id)
+        self._load(Island(rank, addresses, window.devices, self.order.step_s))
 
     def linked(self) -> None:
         """The ring may be used as far as this stage can tell."""
@@ -147,6 +151,9 @@ class Stage:
             ready = [source for source, _ in self.wait()]
             if pull in ready:
                 self.steps.hear()
+                if self.steps.island and self.news.phase == "ready":
+                    self.meet(self.steps.island)
+                    self.linked()
             if head:
                 if head.socket in ready:
                     head.hear()

@@ -23,6 +23,7 @@ from peer.ring.frames import (
     Fault,
     Frame,
     FrameHeader,
+    Meet,
     Sampled,
     decode,
     encode_frame,
@@ -60,6 +61,7 @@ class Steps:
         # A stage that computes its window with another one gets that one's frames, and sends none.
         self.follows = peer_id not in plan.ring
         self._ids = self.follows and windows.mine[0] == 0
+        self.island: tuple[str, ...] = ()  # where its ranks meet, once the first has told that
 
     # In -------------------------------------------------------------------------------------
 
@@ -72,11 +74,22 @@ class Steps:
                 came = decode(parts, self.plan, self.windows.vocabulary, ids=self._ids)
                 if isinstance(came, Frame):
                     return self._frame(came)
+                if isinstance(came, Meet):
+                    self._meet(came)
+                    continue
                 self._sampled(came)
                 if self.returned == self.begun:
                     return  # nothing else can have come
             except (StalePlan, ProtocolError) as error:
                 self._drop(error)
+
+    def _meet(self, came: Meet) -> None:
+        """Where this stage's island meets: once, and from the stage that it follows."""
+        if not self.follows or self.island or self.plan.id != came.plan:
+            raise ProtocolError("addresses of an island that this stage is not in, or has met")
+        if len(came.addresses) != len(self.plan.island_of(self.peer_id)):
+            raise ProtocolError("addresses of an island of another size")
+        self.island = came.addresses
 
     def _drop(self, error: HalkaError) -> None:
         """Refuse a frame: counted, named, without effect."""

@@ -100,7 +100,7 @@ class Ring:
             following, before = self.link(plan.after(peer)), self.link(plan.before(peer))
             island = tuple(self.link(other) for other in plan.island_of(peer))
             action = ConnectStage(plan.id, following, before.key, island)
-            order = connecting(action, peer, lambda _: "127.0.0.1")
+            order = connecting(action, peer, lambda _: "127.0.0.1", lambda _: "127.0.0.1")
             self.supervisors[peer].send(plan.id, order)
         await self.until("linked")
         head = self.news[self.plan.head]

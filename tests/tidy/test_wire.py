@@ -18,7 +18,7 @@ import pytest
 
 from peer import protocol
 from peer.errors import ProtocolError
-from peer.ring.frames import FrameHeader, Sampled
+from peer.ring.frames import FrameHeader, Meet, Sampled
 from tests.tidy.source import ROOT, none
 from tests.tidy.wire_examples import ALL, ANSWERING, CONTROL, PIPE, RING
 
@@ -51,7 +51,7 @@ def read(message: msgspec.Struct, text: str) -> Any:
         return protocol.decode_control(data)
     if message in ANSWERING:
         return protocol.decode_answering(data)
-    return msgspec.msgpack.decode(data, type=FrameHeader | Sampled)
+    return msgspec.msgpack.decode(data, type=FrameHeader | Sampled | Meet)
 
 
 def plain(message: msgspec.Struct, text: str) -> Any:
@@ -78,7 +78,7 @@ def test_there_is_an_example_of_every_message() -> None:
     files = ("peer.protocol", "peer.stage_messages")
     messages = {found for found in subclasses(protocol.Message) if found.__module__ in files}
     assert messages == {type(message) for message in (*CONTROL, *ANSWERING, *PIPE)}
-    assert {type(message) for message in RING} == {FrameHeader, Sampled}
+    assert {type(message) for message in RING} == {FrameHeader, Sampled, Meet}
 
 
 @each

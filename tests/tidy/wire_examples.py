@@ -230,7 +230,7 @@ PIPE: list[p.Pipe] = [
 ]  # fmt: skip
 
 FAULTS = (f.Fault(slot=1, peer_id=BOB),)
-RING: list[f.FrameHeader | f.Sampled] = [
+RING: list[f.FrameHeader | f.Sampled | f.Meet] = [
     f.FrameHeader(
         plan=PLAN, step=11, window=1, rows=2, hidden=576,
         ops=(f.Open(slot=1, sampling=SAMPLING, history=b"\x02\x00\x00\x00"),
@@ -243,6 +243,7 @@ RING: list[f.FrameHeader | f.Sampled] = [
         drafts=(f.Draft(slot=1, ids=b"\x02\x00\x00\x00"),), spent_s=0.5, slowest_s=0.25,
     ),
     f.Sampled(plan=PLAN, step=12, tokens=(5, 6), taken=(2,), spent_s=0.5, slowest_s=0.25),
+    f.Meet(plan=PLAN, addresses=("10.0.0.1:40004", "10.0.0.2:40005")),
 ]  # fmt: skip
 
 ALL: list[msgspec.Struct] = [*CONTROL, *ANSWERING, *PIPE, *RING]
