@@ -151,8 +151,11 @@ def _free_bytes(split: Split, shape: ModelShape, profiles: Sequence[Profile], he
     )
     if part is None or part.streamed_bytes:
         return 0
-    has = costs.of_split([head], shape, split).peers[0]
+    able = costs.of_split(profiles, shape, split).peers
+    has = next(each for each in able if each.peer_id == head.peer_id)
+    ranks = 1 + len(split.windows[0].island)  # an island's is of all its peers together
     if split.windows[0].gpu_layers and has.gpu:
         left = has.gpu_bytes - part.gpu_bytes
-        return max(0, min(left, has.ram_bytes - part.memory_bytes) if has.unified else left)
-    return max(0, has.ram_bytes - part.memory_bytes)
+        left = min(left, has.ram_bytes - part.memory_bytes) if has.unified else left
+        return max(0, left // ranks)
+    return max(0, (has.ram_bytes - part.memory_bytes) // ranks)

@@ -70,9 +70,14 @@ def _largest(free: Sequence[str], may: Mapping[str, Profile], shape: ModelShape)
         for ranks in combinations(by_room, count):
             policies = {may[peer_id].weights for peer_id in ranks}
             fit = shape.fit(BACKEND, min(policies)) if len(policies) == 1 else None
-            if fit is not None and count in fit.ranks:
+            if fit is not None and count in fit.ranks and not _apart(ranks, may):
                 return ranks
     return ()
+
+
+def _apart(ranks: Sequence[str], may: Mapping[str, Profile]) -> bool:
+    """Whether any two of them do not reach each other, whatever cable there is."""
+    return any(other in may[one].unreachable for one in ranks for other in ranks)
 
 
 # As one peer -----------------------------------------------------------------------------------

@@ -259,9 +259,10 @@ def _only_leaves(question: Question, now: Plan) -> str:
 
 
 def _broken(profiles: Sequence[Profile], plan: Plan) -> str:
-    """Which neighbours of its ring do not reach each other, in words, or ""."""
+    """Which neighbours of its ring, or island, do not reach each other, in words, or ""."""
     named = {profile.peer_id: profile for profile in reasons.told_apart(profiles)}
-    for a, b in pairwise((*plan.ring, plan.head)):
+    meet = [(w.peer_id, each) for w in plan.split.windows for each in w.island]
+    for a, b in (*pairwise((*plan.ring, plan.head)), *meet):
         if a in named and b in named and costs.cut_off(named[a], named[b]):
             return f"{named[a].name} and {named[b].name} do not reach each other any more"
     return ""

@@ -7,6 +7,7 @@ that could be islands as single peers, and a plan with an island has to be clear
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from peer.errors import NoPlan
 from peer.planning import costs, islands
@@ -22,7 +23,7 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     """Give every layer to a window, with the least time of a token. Raises NoPlan, as `split`."""
     wishes = wishes or Wishes()
     # After a loss what is left is to stay where it is; fixed windows name peers, not islands.
-    settled = wishes.pinned or wishes.before or wishes.spread_all
+    settled = wishes.pinned or wishes.before or wishes.spread_all or wishes.rounds > 1
     wanted = [
         p
         for p in profiles
@@ -35,15 +36,27 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     try:
         alone = plain.solve(profiles, shape, wishes)
     except NoPlan:
-        return islands.applied(plain.solve(merged, shape, wishes), found)
+        return _merged(merged, shape, wishes, found)
     try:
-        other = islands.applied(plain.solve(merged, shape, wishes), found)
+        other = _merged(merged, shape, wishes, found)
     except NoPlan:
         return alone
     if not any(window.island for window in other.windows):
         return alone
     before, after = (_cost_s(profiles, shape, split, wishes) for split in (alone, other))
     return other if before and after and after <= before * (1 - WORTH) else alone
+
+
+def _merged(
+    merged: Sequence[Profile], shape: ModelShape, wishes: Wishes, found: Sequence[islands.Found]
+) -> Split:
+    """With islands as single peers. In one round, as `plan.check` wants it of them."""
+    split = islands.applied(plain.solve(merged, shape, wishes), found)
+    ring = {window.peer_id for window in split.windows}
+    if len(split.windows) > len(ring) and any(window.island for window in split.windows):
+        once = replace(wishes, rounds=1)
+        split = islands.applied(plain.solve(merged, shape, once), found)
+    return split
 
 
 def _cost_s(

@@ -6,10 +6,19 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from peer.planning import costs, together
-from peer.planning.islands import Found, merged, possible, seen
+from peer.planning import costs, drafts, making, together
+from peer.planning.islands import Found, as_peers, merged, possible, seen
 from peer.planning.plan import Plan, PlanId, Split, check
-from peer.planning.profile import EngineProfile, Fit, Link, ModelShape, Port, Profile, Speed
+from peer.planning.profile import (
+    EngineProfile,
+    Fit,
+    Link,
+    ModelOffer,
+    ModelShape,
+    Port,
+    Profile,
+    Speed,
+)
 from peer.planning.split import solve as plain
 from peer.planning.wishes import Wishes
 
@@ -138,3 +147,47 @@ def test_a_split_with_an_island_that_is_gone_cannot_be_forecast() -> None:
     assert seen(there, SHAPE, split) == []
     assert costs.forecast(there, SHAPE, split) is None
     assert Found(MACS[:2]).devices == ()
+
+
+def test_macs_that_do_not_reach_each_other_are_no_island_whatever_cable_there_is() -> None:
+    one, other = pair()
+    apart = [replace(one, unreachable=(other.peer_id,)), other]
+    assert possible(apart, SHAPE) == ()
+    plan = Plan(PlanId(1, 1), one.peer_id, SHAPE, solved(pair()))
+    assert making._broken(pair(), plan) == ""
+    assert "do not reach each other any more" in making._broken(apart, plan)
+
+
+def test_a_draft_model_needs_room_in_the_first_of_an_island_alone() -> None:
+    small = replace(
+        SHAPE, model="small", digest="e" * 64, layers=4, layer_bytes=(10 * MIB,) * 4,
+        layer_kv_bytes=(1024,) * 4, cut_starts=(0, 1, 2, 3), embed_bytes=MIB, output_bytes=MIB,
+        vocabulary=1000,
+    )  # fmt: skip
+    split = solved(pair())
+    head, (other,) = split.windows[0].peer_id, split.windows[0].island
+    offers = {
+        head: [
+            ModelOffer(SHAPE, 2.0, SHAPE.window_parts(0, 32)),
+            ModelOffer(small, 1.0, small.window_parts(0, 4)),
+        ]
+    }
+    wishing = pair(draft_wanted="small")
+    assert drafts.with_draft(split, SHAPE, wishing, offers, False).draft == small.digest
+    used = costs.forecast(pair(), SHAPE, split)
+    assert used is not None
+    (both,) = seen(pair(), SHAPE, split)
+    (part,) = used.peers
+    together_bytes = both.memory_available_bytes - part.memory_bytes
+    alone = next(p for p in wishing if p.peer_id == head)
+    assert drafts._free_bytes(split, SHAPE, wishing, alone) <= together_bytes // 2
+    assert other != head
+
+
+def test_an_island_goes_around_once_also_where_other_rings_go_around_more_often() -> None:
+    for wishes in (Wishes(rounds=2), Wishes()):
+        split = together._merged(
+            as_peers(pair(), SHAPE, possible(pair(), SHAPE)), SHAPE, wishes, possible(pair(), SHAPE)
+        )
+        assert not check(Plan(PlanId(1, 1), split.windows[0].peer_id, SHAPE, split))
+        assert any(window.island for window in split.windows)
