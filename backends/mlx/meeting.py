@@ -16,8 +16,9 @@ import select
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from backends.base import BackendFault, Island, Settings
 
@@ -26,6 +27,8 @@ _HELLO_BYTES = len(_HELLO) + 1 + 32
 _GO, _OTHER = b"G", b"O"
 _AGAIN_S = 0.1  # between two attempts to reach the first rank
 _WORD_S = 5.0  # for one that connected to say who it is
+_LOOK_S = 1.0  # between looks at the clock
+_CALLERS_MAX = 32  # at once, that have not said it
 
 VARIABLES = tuple(
     f"{maker}_{name}"
@@ -112,28 +115,63 @@ def meet(settings: Settings, limit_s: float) -> None:
         _await_all(island, digest(settings), until_s)
 
 
+@dataclass(slots=True)
+class _Caller:
+    """Somebody who reached the first rank and has not said yet who it is."""
+
+    line: socket.socket
+    until_s: float
+    said: bytes = b""
+
+
 def _await_all(island: Island, ours: bytes, until_s: float) -> None:
+    """All lines are heard at once: whoever says nothing, or little, holds nobody up."""
     here: dict[int, socket.socket] = {}
+    callers: list[_Caller] = []
     with contextlib.ExitStack() as stack:
         door = stack.enter_context(_listening(island.addresses[0]))
-        while True:
-            here = {rank: line for rank, line in here.items() if _waits(line)}
-            missing = set(range(1, len(island.addresses))) - here.keys()
-            if not missing:
-                break
+        stack.callback(lambda: _hang_up([*here.values(), *(each.line for each in callers)]))
+        while missing := set(range(1, len(island.addresses))) - here.keys():
             left_s = until_s - time.monotonic()
             if left_s <= 0:
                 names = ", ".join(f"{rank} ({island.addresses[rank]})" for rank in sorted(missing))
                 raise BackendFault(f"rank {names} of the island did not come")
-            door.settimeout(min(left_s, 1.0))
-            with contextlib.suppress(TimeoutError):
-                line = stack.enter_context(door.accept()[0])
-                rank = _who(line, len(island.addresses), ours)
-                if rank is not None:
-                    here[rank] = line
+            lines = [door, *here.values(), *(each.line for each in callers)]
+            ready = select.select(lines, [], [], min(left_s, _LOOK_S))[0]
+            for rank, line in list(here.items()):
+                if line in ready:  # it has nothing more to say: it hung up
+                    here.pop(rank).close()
+            if door in ready:
+                _let_in(door, callers)
+            for caller in list(callers):
+                try:
+                    rank = _who(caller, len(island.addresses), ours)
+                except OSError:
+                    caller.line.close()
+                    callers.remove(caller)
+                    continue
+                if rank:
+                    callers.remove(caller)
+                    _hang_up([here[rank]] if rank in here else [])
+                    here[rank] = caller.line
         for line in here.values():
             with contextlib.suppress(OSError):  # it is lost then: MLX's meeting has a deadline
                 line.sendall(_GO)
+
+
+def _let_in(door: socket.socket, callers: list[_Caller]) -> None:
+    """One more; where there are too many, the one that has said nothing for longest goes."""
+    with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+        line = door.accept()[0]
+        line.setblocking(False)
+        callers.append(_Caller(line, time.monotonic() + _WORD_S))
+        if len(callers) > _CALLERS_MAX:
+            callers.pop(0).line.close()
+
+
+def _hang_up(lines: Iterable[socket.socket]) -> None:
+    for line in lines:
+        line.close()
 
 
 def _listening(address: str) -> socket.socket:
@@ -143,32 +181,32 @@ def _listening(address: str) -> socket.socket:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         door.bind((host, port))
         door.listen()
+        door.setblocking(False)
     except OSError as error:
         door.close()
         raise BackendFault(f"the island cannot meet at {address}: {error}") from error
     return door
 
 
-def _waits(line: socket.socket) -> bool:
-    """Whether it has not hung up; it has nothing more to say."""
-    return not select.select([line], [], [], 0)[0]
-
-
-def _who(line: socket.socket, ranks: int, ours: bytes) -> int | None:
-    """Which rank it is, or None where it is a stranger or of another island."""
-    line.settimeout(_WORD_S)
-    try:
-        said = _exactly(line, _HELLO_BYTES)
-        if said[: len(_HELLO)] != _HELLO or not 0 < said[len(_HELLO)] < ranks:
-            line.close()
-            return None
-        if said[len(_HELLO) + 1 :] == ours:
-            return said[len(_HELLO)]
-        line.sendall(_OTHER)
-        line.close()
-    except OSError:
-        line.close()
-    return None
+def _who(caller: _Caller, ranks: int, ours: bytes) -> int:
+    """Which rank it is, 0 while it has not said so. Raises OSError where it says something else,
+    says it too slowly, or is of another island."""
+    with contextlib.suppress(BlockingIOError):
+        more = caller.line.recv(_HELLO_BYTES - len(caller.said))
+        if not more:
+            raise ConnectionResetError("it hung up")
+        caller.said += more
+    said, rank = caller.said, caller.said[len(_HELLO) : len(_HELLO) + 1]
+    if not _HELLO.startswith(said[: len(_HELLO)]) or (rank and not 0 < rank[0] < ranks):
+        raise ConnectionAbortedError("it is no rank of an island")
+    if len(said) < _HELLO_BYTES:
+        if time.monotonic() >= caller.until_s:
+            raise TimeoutError
+        return 0
+    if said[len(_HELLO) + 1 :] != ours:
+        caller.line.sendall(_OTHER)
+        raise ConnectionAbortedError("it is of another island")
+    return rank[0]
 
 
 def _go_to(island: Island, ours: bytes, until_s: float) -> None:

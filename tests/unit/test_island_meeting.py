@@ -81,6 +81,33 @@ def test_one_that_says_nothing_holds_nobody_up_for_long(monkeypatch: pytest.Monk
         silent.close()
 
 
+def test_many_that_say_nothing_or_little_hold_nobody_up() -> None:
+    """Each of them may take five seconds to say who it is; all of them together, too."""
+    at = addresses(2)
+    with ranks(2) as threads:
+        first = threads.submit(meeting.meet, settings(0, at), 4.0)
+        strangers = [_reach(*meeting.address_of(at[0])) for _ in range(3 * meeting._CALLERS_MAX)]
+        for number, stranger in enumerate(strangers[-meeting._CALLERS_MAX :]):
+            stranger.sendall(meeting._HELLO[: number % len(meeting._HELLO)])
+        meeting.meet(settings(1, at), 4.0)
+        first.result()
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_a_hello_that_comes_in_pieces_is_one() -> None:
+    at = addresses(2)
+    with ranks(1) as threads:
+        first = threads.submit(meeting.meet, settings(0, at), 20.0)
+        slow = _reach(*meeting.address_of(at[0]))
+        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in meeting._HELLO + bytes([1]) + meeting.digest(settings(1, at)):
+            slow.sendall(bytes([byte]))
+        assert slow.recv(1) == b"G"
+        first.result()
+        slow.close()
+
+
 def test_a_rank_that_left_before_all_were_here_may_come_again() -> None:
     at = addresses(3)
     with ranks(3) as threads:
