@@ -78,7 +78,14 @@ class Tick:
     busy: bool
 
 
-Event = Here | Gone | Found | PutOff | Failed | Tick
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A hop to the peer is about to be made: what was put off is due now."""
+
+    peer_id: str
+
+
+Event = Here | Gone | Found | PutOff | Failed | Tick | Wanted
 
 # Actions ------------------------------------------------------------------------------------------
 
@@ -183,6 +190,11 @@ class Ways:
                 return [Leave(peer_id, address) for address in (other.ways if other else ())]
             case Tick(busy):
                 return self._tick(busy, now)
+            case Wanted(peer_id):
+                other = self._others.get(peer_id)
+                for untried in other.ways.values() if other is not None else ():
+                    untried.due = untried.due if untried.tried else now
+                return []
         if self._measuring == (event.peer_id, event.address):
             self._measuring = None
         other = self._others.get(event.peer_id)

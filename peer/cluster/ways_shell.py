@@ -21,6 +21,8 @@ from peer.planning.profile import Link
 
 log = logging.getLogger("halka.cluster")
 
+AGAIN_S = 0.1  # before ways that a hop waits for are tried again
+
 
 class Wayfinder:
     """Of one cluster. `run` in a task, at whose end nothing is measured any more.
@@ -50,7 +52,6 @@ class Wayfinder:
         self._hosts: dict[str, frozenset[str]] = {}  # by which the links go
         self._known: dict[str, tuple[str, ...]] = {}  # that members say they have
         self._group: asyncio.TaskGroup | None = None
-        self._news = asyncio.Event()  # replaced by the next one each time
         self.measures_link: Callable[[], bool] = lambda: False
         self.lost: Callable[[str, str], None] = lambda peer_id, host: None
 
@@ -102,14 +103,14 @@ class Wayfinder:
         return self._known.get(peer_id, ())
 
     async def settled(self, peer_id: str, within_s: float) -> None:
-        """Wait until all ways to the peer were tried, but not for long."""
+        """Wait until all ways to the peer were tried, but not for long. Those that were put off,
+        while a peer measured its engines perhaps, are tried now."""
         deadline = asyncio.get_running_loop().time() + within_s
         while self._group is not None and not self._ways.settled(peer_id):
-            left_s = deadline - asyncio.get_running_loop().time()
-            try:
-                await asyncio.wait_for(self._news.wait(), left_s)
-            except TimeoutError:
+            self._feed(w.Wanted(peer_id))
+            if asyncio.get_running_loop().time() >= deadline:
                 return
+            await asyncio.sleep(AGAIN_S)
 
     # Between the links' measuring and its listener ------------------------------------------------
 
@@ -138,8 +139,6 @@ class Wayfinder:
             self._perform(action)
         at = self._ways.deadline
         self._alarm.set(at if at < math.inf else None)
-        news, self._news = self._news, asyncio.Event()
-        news.set()
 
     def _perform(self, action: w.Action) -> None:
         match action:

@@ -146,6 +146,26 @@ def test_nothing_is_measured_while_an_end_computes() -> None:
     assert house.ways.chosen(A) == CABLE
 
 
+def test_what_was_put_off_is_measured_at_once_when_a_hop_is_about_to_be_made() -> None:
+    house = House()
+    house.far_busy = True
+    house.feed(w.Here(A, WIFI, (CABLE,)))
+    house.feed(w.Tick(busy=False))
+    house.now += TIMING.probe_soon_s
+    house.feed(w.Tick(busy=False))
+    house.feed(w.Tick(busy=False))
+    assert not house.ways.settled(A)
+    house.far_busy = False
+    house.feed(w.Wanted(B))
+    house.feed(w.Tick(busy=False))
+    assert not house.ways.settled(A), "it was put off for some seconds"
+    house.feed(w.Wanted(A))
+    for _ in range(3):
+        house.feed(w.Tick(busy=False))
+    assert house.ways.settled(A)
+    assert house.ways.chosen(A) == CABLE
+
+
 def test_a_peer_that_left_and_an_address_that_is_gone_leave_no_connection() -> None:
     house = met(CABLE, SPARE)
     house.feed(w.Here(B, WIFI, (CABLE,)))
