@@ -14,7 +14,7 @@ from itertools import combinations
 
 from msgspec.structs import replace
 
-from peer.planning import thunderbolt
+from peer.planning import thunderbolt, trust
 from peer.planning.plan import ISLAND_MAX, PlanWindow, Split
 from peer.planning.profile import ModelShape, Profile, Speed
 
@@ -26,6 +26,7 @@ RDMA_S = 5e-5
 TCP_S = 3e-4
 CABLE_SHARE = 0.5  # of a cable's bits that arrive as payload
 CABLE_BITS_PER_S = 2e10  # of a cable whose speed nobody tells
+CABLE_BITS_LEAST = 1e6  # what is told below it is nonsense, and dividing by it may give infinity
 GROUPS_MAX = 16  # that are looked at
 
 
@@ -38,7 +39,10 @@ class Found:
 
 
 def possible(profiles: Sequence[Profile], shape: ModelShape) -> tuple[Found, ...]:
-    """The islands that these peers could be for a model: every peer in one at most, large first."""
+    """The islands that these peers could be for a model: every peer in one at most, large first.
+    None where the model's shape contradicts itself: the planner says so."""
+    if not shape.sound:
+        return ()
     may = {p.peer_id: p for p in profiles if _may(p, shape)}
     found: list[Found] = []
     taken: set[str] = set()
@@ -57,6 +61,7 @@ def _may(profile: Profile, shape: ModelShape) -> bool:
     return (
         profile.islands == "auto"
         and not profile.leaving
+        and not trust.fault(profile)
         and profile.engine_for(shape) == BACKEND
         and _speed(profile, shape) is not None
     )
@@ -109,7 +114,8 @@ def as_peers(
 
 
 def merged(peers: Sequence[Profile], shape: ModelShape, rdma: bool) -> Profile:
-    """An island as one peer. peers: by rank, all with a measured speed of the model on MLX."""
+    """An island as one peer. peers: by rank. Where one of them has no measured speed of the model
+    on MLX (any more), the island has none."""
     first, count = peers[0], len(peers)
     least = min(peer.memory_available_bytes for peer in peers)
     # Each of them holds the embedding and the output head whole.
@@ -130,7 +136,7 @@ def merged(peers: Sequence[Profile], shape: ModelShape, rdma: bool) -> Profile:
         memory_total_bytes=count * min(peer.memory_total_bytes for peer in peers),
         memory_available_bytes=_all(least, count, ends_bytes),
         engines=tuple(engines),
-        speeds=(_together(peers, shape, rdma),),
+        speeds=_together(peers, shape, rdma),
         disk_read_bytes_per_s=0.0,  # MLX streams nothing
         cpu_share=min(peer.cpu_share for peer in peers),
         unreachable=tuple(dict.fromkeys(u for peer in peers for u in peer.unreachable))[:64],
@@ -146,15 +152,18 @@ def _speed(profile: Profile, shape: ModelShape) -> Speed | None:
     found = [
         s
         for s in profile.speeds
-        if (s.digest, s.backend) == (shape.digest, BACKEND) and s.decode_s and s.prefill_tokens
+        if (s.digest, s.backend) == (shape.digest, BACKEND) and not any(trust.of_speed(s))
     ]
     return max(found, key=lambda s: s.kind != "cpu", default=None)
 
 
-def _together(peers: Sequence[Profile], shape: ModelShape, rdma: bool) -> Speed:
-    """The speed of all of them together."""
+def _together(peers: Sequence[Profile], shape: ModelShape, rdma: bool) -> tuple[Speed, ...]:
+    """The speed of all of them together, () where it is not known."""
     speeds = [speed for peer in peers if (speed := _speed(peer, shape))]
-    first, count = speeds[0], len(peers)
+    count = len(peers)
+    if len(speeds) < count:
+        return ()
+    first = speeds[0]
     sum_s = RDMA_S if rdma else TCP_S
     wire = CABLE_SHARE * _cable_bits_per_s(peers) / 8
     row_s = 2 * (count - 1) / count * 4 * shape.hidden / wire  # of float32, as rings sum
@@ -171,7 +180,7 @@ def _together(peers: Sequence[Profile], shape: ModelShape, rdma: bool) -> Speed:
         each = slowest(lambda s: s.prefill_s[min(kind, len(s.prefill_s) - 1)] / s.prefill_tokens)
         return tokens * each / count + SUMS * (sum_s + tokens * row_s)
 
-    return replace(
+    together = replace(
         first,
         decode_s=tuple(decode_s(kind) for kind in kinds),
         prefill_s=tuple(prefill_s(kind) for kind in kinds),
@@ -179,12 +188,13 @@ def _together(peers: Sequence[Profile], shape: ModelShape, rdma: bool) -> Speed:
         output_s=slowest(lambda s: s.output_s),
         correction=1.0,
     )
+    return (together,)
 
 
 def _cable_bits_per_s(peers: Sequence[Profile]) -> float:
     """Of the slowest cable between them."""
     told = [cable.bits_per_s or CABLE_BITS_PER_S for cable in thunderbolt.cables(peers)]
-    return min(told, default=CABLE_BITS_PER_S)
+    return max(CABLE_BITS_LEAST, min(told, default=CABLE_BITS_PER_S))
 
 
 # Into plans ------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from msgspec.structs import replace
 
+from peer.errors import NoPlan
 from peer.planning import costs, drafts, making, together
 from peer.planning.islands import Found, as_peers, merged, possible, seen
 from peer.planning.plan import Plan, PlanId, Split, check
@@ -33,6 +35,9 @@ SHAPE = ModelShape(
 )  # fmt: skip
 
 
+SPEED = Speed(SHAPE.digest, "mlx", "metal", 8, (1.2e-3,), (0.16,), 512, 1e-4, 2e-3)
+
+
 def port(own: str, other: str, number: int, rdma: bool = True) -> Port:
     return Port(
         f"{own[3]}{other[3]}".upper() * 4, f"{other[3]}{own[3]}".upper() * 4, str(number),
@@ -42,11 +47,10 @@ def port(own: str, other: str, number: int, rdma: bool = True) -> Port:
 
 def mac(peer_id: str, others: tuple[str, ...], rdma: bool = True, **changes: Any) -> Profile:
     """A Mac with a cable to each of the others, and a measured speed: 40 ms a token alone."""
-    speed = Speed(SHAPE.digest, "mlx", "metal", 8, (1.2e-3,), (0.16,), 512, 1e-4, 2e-3)
     values: dict[str, Any] = {
         "memory_total_bytes": 24 << 30, "memory_available_bytes": 16 << 30,
         "engines": (EngineProfile("mlx", "M4 Max", "metal", 16 << 30, 24 << 30),),
-        "unified_memory": True, "threads": 8, "speeds": (speed,), "islands": "auto",
+        "unified_memory": True, "threads": 8, "speeds": (SPEED,), "islands": "auto",
         "ports": tuple(port(peer_id, other, n, rdma) for n, other in enumerate(others, 1)),
         "links": tuple(Link(other, 4e-4, 1e8) for other in others),
     } | changes  # fmt: skip
@@ -191,3 +195,44 @@ def test_an_island_goes_around_once_also_where_other_rings_go_around_more_often(
         )
         assert not check(Plan(PlanId(1, 1), split.windows[0].peer_id, SHAPE, split))
         assert any(window.island for window in split.windows)
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"speeds": ()},
+        {"speeds": (replace(SPEED, prefill_s=()),)},
+        {"speeds": (replace(SPEED, decode_s=()),)},
+        {"speeds": (replace(SPEED, decode_s=(0.0,), prefill_s=(0.0,)),)},
+        {"speeds": (replace(SPEED, correction=0.0),)},
+        {"memory_available_bytes": 0},
+        {"memory_available_bytes": 1 << 60, "memory_total_bytes": 1 << 60},
+    ],
+    ids=lambda odd: str(odd)[:40],
+)
+def test_peers_that_say_nonsense_are_in_no_island(
+    odd: dict[str, Any], which: tuple[int, ...]
+) -> None:
+    """What another machine says of itself must not end the coordinator."""
+    planned = solved(pair())
+    told = [replace(p, **odd) if i in which else p for i, p in enumerate(pair())]
+    assert possible(told, SHAPE) == ()
+    assert not any(window.island for window in solved([*told, mac(PC, ())]).windows)
+    if "speeds" in odd:  # of a plan that runs already
+        (island,) = seen(told, SHAPE, planned)
+        assert island.speeds == ()
+        assert costs.forecast(told, SHAPE, planned) is not None
+
+
+def test_a_cable_of_no_speed_at_all_is_a_slow_one() -> None:
+    slow = [replace(p, ports=(replace(p.ports[0], bits_per_s=5e-324),)) for p in pair()]
+    assert possible(slow, SHAPE)
+    assert not any(window.island for window in solved(slow).windows)
+
+
+def test_a_model_whose_shape_contradicts_itself_has_no_islands() -> None:
+    odd = replace(SHAPE, fits=(Fit("mlx", layer_bytes=(1, 2, 3), ranks=(2,)),))
+    assert possible(pair(), odd) == ()
+    with pytest.raises(NoPlan):
+        together.solve(pair(), odd)
