@@ -157,6 +157,9 @@ def _odd_rotation(header: Header, found: Row) -> str:
     if scaling not in ("none", "linear", *(("yarn",) if found.yarn else ())):
         return f"rotary scaling {scaling} of this architecture is computed by llama.cpp only"
     factor = decimal(header, "rope.scaling.factor", 1.0)
+    told = plain(header, "rope.scaling.type")
+    if told == "none" and factor not in (0.0, 1.0):  # llama.cpp scales layers that slide all the same
+        return f"its header says rotary scaling none, and by {factor:g}"
     bases = [decimal(header, f"rope.freq_base{of}", 10000.0) for of in ("", "_swa")]
     fast = decimal(header, "rope.scaling.yarn_beta_fast", 32.0)
     slow = decimal(header, "rope.scaling.yarn_beta_slow", 1.0)
@@ -164,6 +167,8 @@ def _odd_rotation(header: Header, found: Row) -> str:
     scaled = 0.0 < factor < 1e6 and 0.0 < slow < fast < 1e6 and 1.0 <= original < 1 << 31
     if not all(1.0 < base < 1e12 for base in bases) or not (scaled or scaling == "none"):
         return "its header's rotary base or scaling make no sense"
+    if scaling == "yarn" and (fast, slow) != (32.0, 1.0):  # llama.cpp's, whatever a header says
+        return f"yarn's betas {fast:g} and {slow:g} are not those that llama.cpp computes with"
     return ""
 
 
