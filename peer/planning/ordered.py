@@ -14,11 +14,12 @@ import signal
 from peer import children
 from peer.errors import BackendError
 
-_LAST_LINES = 1  # of the process' own words, for the reason of its end
 
+async def ask(module: str, order: bytes, within_s: float, lines_max: int = 1) -> bytes:
+    """What the process answers. lines_max: of its last words that are told where it fails.
 
-async def ask(module: str, order: bytes, within_s: float) -> bytes:
-    """What the process answers. Raises BackendError, which ends the sentence "the engine …"."""
+    Raises: BackendError, which ends the sentence "the engine …".
+    """
     try:
         process = await asyncio.create_subprocess_exec(
             *children.command(module),
@@ -41,7 +42,8 @@ async def ask(module: str, order: bytes, within_s: float) -> bytes:
             await process.communicate()
     if not process.returncode:
         return answer
-    lines = said.decode("utf-8", "replace").strip().splitlines()[-_LAST_LINES:]
+    lines = said.decode("utf-8", "replace").strip().splitlines()[-lines_max:]
     code = process.returncode
     how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
-    raise BackendError(" | ".join([how, *(line.strip()[:200] for line in lines)]))
+    words = " | ".join(line.strip()[:200] for line in lines)
+    raise BackendError(f"{how}: {words}" if words else how)

@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -22,10 +21,9 @@ from typing import Any
 import msgspec
 import psutil
 
-from peer import children
 from peer.config import SPARE_AUTO, Config
 from peer.errors import BackendError, ModelError
-from peer.planning import gpus, proving
+from peer.planning import gpus, ordered, proving
 from peer.planning.groups import control_group_bytes, processors, share
 from peer.planning.profile import (
     PLAIN_ENGINE,
@@ -200,33 +198,11 @@ async def _ask(names: Sequence[str], what: dict[str, Any], timeout_s: float) -> 
     asked = ", ".join(names) or "the disk"
     order = msgspec.json.encode(what)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *children.command("peer.planning.measure"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            env=children.environment(),
-        )
-    except OSError as error:
-        raise BackendError(f"measuring cannot be started: {error.strerror}") from None
-    try:
-        answer, said = await asyncio.wait_for(process.communicate(order), timeout_s)
-    except TimeoutError:
-        raise BackendError(
-            f"{asked} did not answer within {timeout_s:.0f} s: is the GPU driver hung? "
-            "Restart the machine, or set `backend`"
-        ) from None
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.communicate()
-    if process.returncode:
-        lines = said.decode("utf-8", "replace").strip().splitlines()[-_LAST_LINES:]
-        code = process.returncode
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
-        raise BackendError(f"measuring {asked} {how}: {' | '.join(lines) or 'no word'}")
+        answer = await ordered.ask("peer.planning.measure", order, timeout_s, _LAST_LINES)
+    except BackendError as error:
+        late = "did not answer" in str(error)
+        mend = ": is the GPU driver hung? Restart the machine, or set `backend`" if late else ""
+        raise BackendError(f"measuring {asked} {error}{mend}") from None
     try:
         return msgspec.json.decode(answer, type=Survey)
     except msgspec.MsgspecError as error:
