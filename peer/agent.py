@@ -69,7 +69,7 @@ class Agent:
         self.offers: dict[str, Sequence[ModelOffer]] = {self.me: ()}
         self.reports: dict[tuple[str, PlanId], Report] = {}  # as heard, or told by the coordinator
         self.lost_peers: dict[str, tuple[str, str, float]] = {}  # name, why, when
-        self.duty = d.Duty(self.me, config.timing.publish_s)
+        self.duty = d.Duty(self.me, config.timing.publish_s, config.islands == "auto")
         self.rollout = r.Rollout(self.me, config.timing)
         self.heard: Plans | None = None
         self.store_trouble = ""  # why the store cannot be read, while it cannot

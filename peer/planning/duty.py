@@ -30,7 +30,7 @@ from peer.planning.duty_events import Tell as Tell
 from peer.planning.duty_events import Tick as Tick
 from peer.planning.duty_events import Told as Told
 from peer.planning.duty_events import Underway as Underway
-from peer.planning.plan import STAGES_MAX, PlanId, PlanState, StagePhase, check
+from peer.planning.plan import STAGES_MAX, Plan, PlanId, PlanState, StagePhase, check
 from peer.protocol import Plans, Report, StageNews
 
 
@@ -51,10 +51,12 @@ class Part:
 
 @dataclass(slots=True)
 class Duty:
-    """The machine. peer_id: this peer's."""
+    """The machine. peer_id: this peer's. islands: whether it computes layers together with others,
+    by its own setting: what they send each other is not encrypted."""
 
     peer_id: str
     publish_s: float
+    islands: bool = False
     parts: dict[PlanId, Part] = field(default_factory=dict)
     why_none: str = ""  # the coordinator's word on why nothing is served
     trouble: str = ""  # why this peer's own part of a plan failed last, until one succeeds
@@ -142,7 +144,7 @@ class Duty:
         plan = state.plan
         mine = self.peer_id in plan.peers
         part = self.parts[plan.id] = Part(state, mine, Report(plan.id, "fetching"))
-        if wrong := check(plan):
+        if wrong := check(plan) or self._unwanted(plan):
             part.dead = f"the plan cannot be: {wrong}"
             return self._failed(plan.id, part.dead)
         for peer_id in plan.peers:
@@ -152,6 +154,12 @@ class Duty:
             window = plan.split.windows[index]
             wanted.update(dict.fromkeys(plan.shape.window_parts(window.first, window.last)))
         return [Fetch(plan, tuple(wanted))]
+
+    def _unwanted(self, plan: Plan) -> str:
+        """What this peer's owner has not allowed, whoever made the plan, or ""."""
+        if self.islands or not plan.island_of(self.peer_id):
+            return ""
+        return "it has this peer in an island, and the setting `islands` is off here"
 
     def _fetching(self, plan: PlanId, done: int, total: int) -> list[Action]:
         part = self.parts.get(plan)

@@ -62,6 +62,22 @@ def serving(machine: Duty, of: Plan = PLAN) -> list[Action]:
     return machine.step(heard(state(of, "serving")), 0)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_island_is_refused_by_a_peer_whose_setting_is_off_whoever_plans_it(place: int) -> None:
+    """What the peers of an island send each other is not encrypted: its owner has to ask for it."""
+    alone = plan(12)
+    window = replace(alone.split.windows[0], backend="mlx", island=(PEERS[1],))
+    of = replace(alone, split=replace(alone.split, windows=(window,)))
+    machine = make(PEERS[place])
+    actions = machine.step(heard(state(of)), 0)
+    assert not any(isinstance(action, Fetch) for action in actions)
+    (report,) = reports(actions)
+    assert report.phase == "failed"
+    assert "the setting `islands` is off here" in report.why
+    willing = Duty(PEERS[place], publish_s=2.0, islands=True)
+    assert any(isinstance(action, Fetch) for action in willing.step(heard(state(of)), 0))
+
+
 def test_a_peer_of_the_ring_fetches_its_parts_then_starts_then_reports() -> None:
     machine = make()
     fetch, *underway = machine.step(heard(state(PLAN)), 0)
