@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import json
+import re
 import select
 import socket
 import tempfile
@@ -26,6 +28,7 @@ _HELLO = b"halka-island-1"
 _HELLO_BYTES = len(_HELLO) + 1 + 32
 _GO, _OTHER = b"G", b"O"
 _AGAIN_S = 0.1  # between two attempts to reach the first rank
+_PORT = re.compile(r"[0-9]{1,5}")
 _WORD_S = 5.0  # for one that connected to say who it is
 _LOOK_S = 1.0  # between looks at the clock
 _CALLERS_MAX = 32  # at once, that have not said it
@@ -42,10 +45,17 @@ VARIABLES = tuple(
 
 
 def address_of(text: str) -> tuple[str, int]:
-    """The parts of "host:port". Raises BackendFault; MLX knows IPv4 only."""
+    """The parts of "host:port". Raises BackendFault; MLX knows IPv4 only.
+
+    A name is none: addresses come from other machines, and asking for a name asks the internet.
+    """
     host, _, port = text.rpartition(":")
-    if not host or ":" in host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise BackendFault(f"{text!r} is no address of an island: MLX meets at IPv4 host:port")
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        port = ""
+    if not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
+        raise BackendFault(f"{text[:64]!r} is no address of an island: MLX meets at IPv4 host:port")
     return host, int(port)
 
 

@@ -175,6 +175,9 @@ def test_over_rdma_mlx_is_told_of_the_devices() -> None:
         (Island(2, ("10.0.0.1:5000", "10.0.0.2:5000")), "rank 2 of an island of 2"),
         (Island(0, ("10.0.0.1:5000", "[fe80::1]:5000")), "IPv4"),
         (Island(0, ("10.0.0.1:5000", "10.0.0.2:65536")), "no address"),
+        (Island(0, ("10.0.0.1:5000", "10.0.0.2:0")), "no address"),
+        (Island(0, ("10.0.0.1:5000", "10.0.0.2:\u00b2")), "no address"),
+        (Island(1, ("peer.example:5000", "10.0.0.2:5000")), "no address"),
         (Island(0, ("10.0.0.1:5000", "10.0.0.2:5000"), (("", "rdma_en2"),)), "not a table"),
         (
             Island(0, ("10.0.0.1:5000", "10.0.0.2:5000"), (("", "rdma_en2"), ("", ""))),
