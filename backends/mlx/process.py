@@ -228,6 +228,8 @@ class ChildBackend:
         return self._fault
 
     def _kill(self) -> None:
+        if self._process.returncode is not None and self._guard.returncode is not None:
+            return  # nobody has their number any more, or a stranger has
         with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter: all zombies
             os.killpg(self._process.pid, signal.SIGKILL)
         for process in (self._process, self._guard):

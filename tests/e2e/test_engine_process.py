@@ -109,6 +109,18 @@ def test_a_crash_is_a_fault_that_says_why_and_every_later_call_says_it_too(
         assert alive(backend.pid) == []
 
 
+def test_a_process_that_is_over_is_killed_no_second_time(
+    window: Window, fault: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []  # the kernel may have given its number to somebody else by then
+    with opened(window) as backend:
+        fault.write_text("assert 0")
+        with pytest.raises(BackendFault, match="signal 6"):
+            step(backend, window, PROMPT)
+        monkeypatch.setattr(os, "killpg", lambda group, _: killed.append(group))
+    assert killed == []
+
+
 @pytest.mark.parametrize("kind", ["sleep", "spin"])
 def test_a_step_that_hangs_ends_by_its_deadline(window: Window, fault: Path, kind: str) -> None:
     with opened(window, step_s=STEP_S) as backend:
