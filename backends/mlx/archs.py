@@ -158,7 +158,7 @@ def _odd_rotation(header: Header, found: Row) -> str:
         return f"rotary scaling {scaling} of this architecture is computed by llama.cpp only"
     factor = decimal(header, "rope.scaling.factor", 1.0)
     told = plain(header, "rope.scaling.type")
-    if told == "none" and factor not in (0.0, 1.0):  # llama.cpp scales layers that slide all the same
+    if told == "none" and factor not in (0.0, 1.0):  # llama.cpp scales sliding layers still
         return f"its header says rotary scaling none, and by {factor:g}"
     bases = [decimal(header, f"rope.freq_base{of}", 10000.0) for of in ("", "_swa")]
     fast = decimal(header, "rope.scaling.yarn_beta_fast", 32.0)
