@@ -148,7 +148,7 @@ class Parting:
         now, agent = time.monotonic(), self._agent
         phase = self._machine.phase("leave", now)
         taking = self._machine.scene.taking
-        ring = taking.plan.ring if taking else ()
+        ring = taking.plan.peers if taking else ()
         reports = [self._report(p, taking.plan.id) for p in ring] if taking else []
         fetching = [r for r in reports if r and r.phase == "fetching"]
         return Going(

@@ -15,6 +15,7 @@ from itertools import combinations
 from msgspec.structs import replace
 
 from peer.planning import thunderbolt, trust
+from peer.planning.abilities import SCORES_BYTES
 from peer.planning.plan import ISLAND_MAX, PlanWindow, Split
 from peer.planning.profile import ModelShape, Profile, Speed
 
@@ -28,6 +29,7 @@ CABLE_SHARE = 0.5  # of a cable's bits that arrive as payload
 CABLE_BITS_PER_S = 2e10  # of a cable whose speed nobody tells
 CABLE_BITS_LEAST = 1e6  # what is told below it is nonsense, and dividing by it may give infinity
 GROUPS_MAX = 16  # that are looked at
+ROWS = 512  # of the longest step, see `split.BATCH_TOKENS`
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,10 @@ def merged(peers: Sequence[Profile], shape: ModelShape, rdma: bool) -> Profile:
     on MLX (any more), the island has none."""
     first, count = peers[0], len(peers)
     least = min(peer.memory_available_bytes for peer in peers)
-    # Each of them holds the embedding and the output head whole.
+    # Each of them holds the embedding and the output head whole, and computes a step's rows.
     ends = shape.in_memory(BACKEND, first.weights)
-    ends_bytes = (count - 1) * (ends.embed_bytes + ends.output_bytes)
+    scratch = SCORES_BYTES + 4 * ROWS * (16 * shape.hidden + shape.vocabulary)
+    ends_bytes = (count - 1) * (ends.embed_bytes + ends.output_bytes + scratch)
     engines = [
         replace(
             e,

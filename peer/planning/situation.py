@@ -65,6 +65,7 @@ def news(current: Sequence[Running], split: Split, gain: str, name: Callable[[st
     """Why there is a new plan, in words, where nothing was lost. current: the newest first."""
     if not current:
         return "all that it needs is here now"
-    joined = {w.peer_id for w in split.windows}.difference(current[0].plan.ring)
+    taking = {peer_id for w in split.windows for peer_id in (w.peer_id, *w.island)}
+    joined = taking.difference(current[0].plan.peers)
     names = ", ".join(map(name, sorted(joined)))
     return "; ".join([f"{names} joined"] * bool(names) + [gain] * bool(gain)) or "a new split"

@@ -35,8 +35,11 @@ def solve(profiles: Sequence[Profile], shape: ModelShape, wishes: Wishes | None 
     merged = islands.as_peers(profiles, shape, found)
     try:
         alone = plain.solve(profiles, shape, wishes)
-    except NoPlan:
-        return _merged(merged, shape, wishes, found)
+    except NoPlan as error:
+        try:
+            return _merged(merged, shape, wishes, found)
+        except NoPlan:
+            raise error from None  # in words of peers, not of islands
     try:
         other = _merged(merged, shape, wishes, found)
     except NoPlan:

@@ -9,8 +9,9 @@ from msgspec.structs import replace
 
 from peer.errors import NoPlan
 from peer.planning import costs, drafts, making, together
-from peer.planning.islands import Found, as_peers, merged, possible, seen
-from peer.planning.plan import Plan, PlanId, Split, check
+from peer.planning.islands import ROWS, Found, as_peers, merged, possible, seen
+from peer.planning.plan import Plan, PlanId, PlanState, Split, check
+from peer.planning.problems import Size, logits_bytes
 from peer.planning.profile import (
     EngineProfile,
     Fit,
@@ -21,6 +22,9 @@ from peer.planning.profile import (
     Profile,
     Speed,
 )
+from peer.planning.running import Running
+from peer.planning.situation import news
+from peer.planning.split import BATCH_TOKENS
 from peer.planning.split import solve as plain
 from peer.planning.wishes import Wishes
 
@@ -118,7 +122,7 @@ def test_an_island_and_another_peer_make_a_ring() -> None:
         speeds=(Speed(SHAPE.digest, "llama_cpp", "cuda", 16, (3e-4,), (0.02,), 512),),
         links=(Link(a, 3e-4, 1e9), Link(b, 3e-4, 1e9)),
     )  # fmt: skip
-    macs = with_room(3 << 30)
+    macs = with_room(4 << 30)
     split = solved([*macs, desk])
     plan = Plan(PlanId(1, 1), PC, SHAPE, split)
     assert not check(plan)
@@ -141,7 +145,10 @@ def test_the_slowest_rules_and_each_holds_the_ends_whole() -> None:
     one = merged([fast, slow], SHAPE, rdma=True)
     assert one.peer_id == fast.peer_id
     assert one.speeds[0].decode_s[0] > slow.speeds[0].decode_s[0]  # twice as slow, shared by two
-    assert one.memory_available_bytes == (32 << 30) - SHAPE.embed_bytes - SHAPE.output_bytes
+    assert ROWS == BATCH_TOKENS
+    size = Size(8192, 8192, BATCH_TOKENS)
+    besides = logits_bytes(SHAPE, size) + SHAPE.embed_bytes + SHAPE.output_bytes
+    assert 0 < (32 << 30) - besides - one.memory_available_bytes < 1 << 29  # a step's arrays
 
 
 def test_a_split_with_an_island_that_is_gone_cannot_be_forecast() -> None:
@@ -236,3 +243,17 @@ def test_a_model_whose_shape_contradicts_itself_has_no_islands() -> None:
     assert possible(pair(), odd) == ()
     with pytest.raises(NoPlan):
         together.solve(pair(), odd)
+
+
+def test_what_no_ring_can_hold_is_said_of_peers_and_who_joins_an_island_is_named() -> None:
+    with pytest.raises(NoPlan, match="2 peers here can give"):
+        solved(with_room(3 << 30))
+    first, second = pair()
+    alone = Plan(PlanId(1, 1), first.peer_id, SHAPE, plain([first], SHAPE))
+    current = [Running(PlanState(alone, "serving"), 0.0)]
+    told = news(current, solved(pair()), "", lambda peer_id: peer_id)
+    assert told == f"{second.peer_id} joined"
+    island = Plan(PlanId(1, 2), first.peer_id, SHAPE, solved(pair()))
+    now = [Running(PlanState(island, "serving"), 0.0)]
+    left = plain([p for p in pair() if p.peer_id in island.split.windows[0].island], SHAPE)
+    assert news(now, left, "", lambda peer_id: peer_id) == "a new split"
