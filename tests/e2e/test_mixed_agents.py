@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.agents import House, until
-from tests.e2e.answers import chat
+from tests.e2e.answers import FIRST_S, Answer, chat
 from tests.smollm2 import smollm2
 
 pytest.importorskip("mlx.core", reason="the engine is not installed: pip install halka[mlx]")
@@ -58,9 +58,24 @@ def test_status_and_plan_say_which_engine_runs_where(house: House) -> None:
     assert "llama.cpp" in shown
 
 
+@pytest.mark.timeout(300)
+def test_an_engine_that_dies_takes_no_agent_down_and_no_answer(house: House) -> None:
+    plan = house.serving(within_s=SERVE_S)
+    agents = [agent.pid for agent in house.agents]
+    answer = Answer(house.agents[2], QUESTION, 60)
+    until(lambda: len(answer.texts) > 5, FIRST_S, "the answer is under way")
+    house.agents[1].stage(plan).kill()
+    answer.join(SERVE_S)
+    assert answer.done, answer.error
+    assert answer.finish in ("stop", "length")
+    assert ANSWER in answer.text
+    assert [agent.pid for agent in house.agents if agent.runs] == agents
+
+
 @pytest.mark.timeout(200)
 def test_the_home_goes_on_without_the_mac(house: House) -> None:
     """Last: it takes the second engine away."""
+    house.serving(within_s=SERVE_S)
     code, _ = house.agents[1].stop()
     assert code == 0
     rest = [house.agents[0], house.agents[2]]
