@@ -51,13 +51,14 @@ def rotations(header: Header) -> tuple[Rotation | None, ...]:
     found, of = row(header), sizes(header)
     assert found is not None
     scaling = scaling_of(header)
+    original = decimal(header, "rope.scaling.original_context_length", 0.0)  # for yarn alone
     everywhere = Rotation(
         dims=int(plain(header, "rope.dimension_count") or of.head),
         base=decimal(header, "rope.freq_base", 10000.0),
         traditional=found.traditional,
         scaling=scaling,
         factor=decimal(header, "rope.scaling.factor", 1.0),
-        original=int(plain(header, "rope.scaling.original_context_length") or of.context),
+        original=int(original) if original >= 1 else of.context,
         beta_fast=decimal(header, "rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=decimal(header, "rope.scaling.yarn_beta_slow", 1.0),
         factors=names.ROPE_FREQS in header.tensors,

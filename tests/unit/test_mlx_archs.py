@@ -202,6 +202,15 @@ def test_tensors_that_a_row_does_not_use_are_refused_by_name(
     assert re.search(why, archs.refusal(header(name, tensors=tensors)))
 
 
+@pytest.mark.parametrize("odd", ["x", [1, 2], math.nan, math.inf, -5, 0, True])
+def test_a_context_that_only_yarn_asks_for_is_not_read_without_it(odd: Any) -> None:
+    told = header("llama", {"rope.scaling.original_context_length": odd})
+    assert not archs.refusal(told)
+    rotation = skeleton.rotations(told)[0]
+    assert rotation
+    assert rotation.original == skeleton.arguments(told)["max_position_embeddings"]
+
+
 def test_every_fourth_layer_of_smollm3_knows_no_positions() -> None:
     turned = [rotation is not None for rotation in skeleton.rotations(header("smollm3"))]
     assert turned == [True, True, True, False, True, True]
