@@ -39,7 +39,7 @@ from peer.logs import harmless
 from peer.models.store import Store, Stored
 from peer.planning import survey
 from peer.planning.leaving import Reason
-from peer.planning.profile import ModelOffer, ModelShape, Port
+from peer.planning.profile import EngineProfile, ModelOffer, ModelShape, Port
 from peer.protocol import Sampling
 from peer.sleep import Sleep
 
@@ -123,7 +123,9 @@ class Daemon:
         """All that comes once the port of HTTP is ours."""
         store = await asyncio.to_thread(Store, self.config.home)
         refused: dict[str, str] = {}
-        if not (engines := await survey.engines(self.config, refused)):
+        if (engines := await self._engines(refused)) is None:
+            return 0  # a signal came first
+        if not engines:
             self._measuring.failed("engines", time.monotonic())
         profile = await asyncio.to_thread(
             survey.profile, self.config, self.identity.peer_id, engines
@@ -159,6 +161,19 @@ class Daemon:
                 helper.cancel()
         log.info("agent=stopped")
         return 0
+
+    async def _engines(self, refused: dict[str, str]) -> tuple[EngineProfile, ...] | None:
+        """This peer's, None where a signal came first: a cold GPU's driver and the proof of an
+        engine take up to minutes."""
+        looking = asyncio.ensure_future(survey.engines(self.config, refused))
+        stopped = asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait((looking, stopped), return_when=asyncio.FIRST_COMPLETED)
+            return looking.result() if looking.done() else None
+        finally:
+            for task in (looking, stopped):
+                task.cancel()
+            await asyncio.gather(looking, stopped, return_exceptions=True)
 
     def _signalled(self) -> None:
         """The first signal lets others take over, the second ends everything at once."""

@@ -283,6 +283,10 @@ async def trusted(
             seen.add(engine.backend)
             subject, verdict = await asyncio.to_thread(_remembered, config, engine)
             if verdict is None:
+                log.info(
+                    "engine=proving name=%s hint=takes seconds, once for each release of it",
+                    subject.name,
+                )
                 try:
                     if proofs is None:
                         work = await stack.enter_async_context(at_work(config.home))

@@ -18,6 +18,8 @@ from peer.api.server import Server
 from peer.cluster.identity import Identity
 from peer.config import Config
 from peer.errors import ConfigError
+from peer.planning import survey
+from peer.planning.profile import EngineProfile
 from tests.conftest import Until
 from tests.fake_service import FakeService, serving
 
@@ -168,3 +170,26 @@ async def test_a_signal_ends_an_agent_that_waits_for_its_port(
         waiting._signalled()
     assert running.result() == 0
     assert not (tmp_path / "models").exists(), "it went no further"
+
+
+async def test_a_signal_ends_an_agent_whose_engines_are_still_asked_and_proven(
+    identity: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def for_ever(config: Config, refused: dict[str, str]) -> tuple[EngineProfile, ...]:
+        try:
+            asked.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return ()
+
+    monkeypatch.setattr(survey, "engines", for_ever)
+    starting = daemon.Daemon(Config.fast_test(home=tmp_path, backend="fake"), identity)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(starting.run())
+        await asked.wait()
+        starting._signalled()
+    assert running.result() == 0
+    assert ended.is_set(), "nothing of it is left"
