@@ -310,12 +310,20 @@ def _spares(agent: Agent) -> Iterable[SpareState]:
         )
 
 
+def _no_engine(wanted: str) -> Problem:
+    mend = f"run the installer again, or: {survey.with_engines(backend=wanted)}"
+    if wanted == "auto":
+        return Problem("this peer has no engine to run layers with", mend)
+    return Problem(
+        f"the engine that the setting `backend` asks for, {engine_name(wanted)}, does not start on "
+        "this peer",
+        f"{mend} in halka's environment; or backend = auto, where another one is here",
+    )
+
+
 def _problems(agent: Agent, shown: PlanState | None) -> Iterable[Problem]:
-    if not agent.profiles[agent.me].engines:
-        yield Problem(
-            "this peer has no engine to run layers with",
-            f"run the installer again, or: {survey.with_engines()}",
-        )
+    if not agent.profiles[agent.me].engines and not agent.refused_engines:
+        yield _no_engine(agent.config.backend)
     for why in agent.refused_engines.values():
         yield Problem(why, "halka verify")
     if agent.cluster.problem:

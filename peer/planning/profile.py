@@ -188,8 +188,8 @@ class Profile(Value, frozen=True):
         fits = (shape.fit(backend, self.weights) for backend in self.backends)
         if why := "; ".join(shape.refused(fit, self.weights) for fit in fits if fit):
             return (
-                f"{self.name} cannot run {shape.model}: {why}, and it has no llama.cpp besides. "
-                "Install halka[llama] there, with the setting `backend` as auto"
+                f"{self.name} cannot run {shape.model}: {why}, and it uses no llama.cpp besides. "
+                "Set `backend` to auto there, and install halka[llama] where it is missing"
             )
         return f"{self.name} has no engine for this model: install halka[llama] there"
 

@@ -82,9 +82,10 @@ def no_engine(system: str = sys.platform) -> str:
     return f"no engine is installed: {with_engines(system)} in halka's environment"
 
 
-def with_engines(system: str = sys.platform) -> str:
-    """The command that installs halka with the engines for this system."""
-    return f"pip install 'halka[{'llama,mlx' if system == 'darwin' else 'llama'}]'"
+def with_engines(system: str = sys.platform, backend: str = "auto") -> str:
+    """The command that installs halka with the engines for this system and setting `backend`."""
+    mlx = backend == "mlx" or (backend == "auto" and system == "darwin")
+    return f"pip install 'halka[{'llama,mlx' if mlx else 'llama'}]'"
 
 
 def teller(backends: Sequence[str]) -> str:

@@ -76,8 +76,10 @@ def _settings(facts: Facts) -> list[Check]:
 
 def _engines(facts: Facts) -> Check:
     if not facts.engines:
-        asked = "" if facts.wanted == "auto" else f" (the setting `backend` is {facts.wanted})"
-        return Check("wrong", f"no engine is installed here{asked}", facts.install)
+        if facts.wanted == "auto":
+            return Check("wrong", "no engine is installed here", facts.install)
+        what = f"the engine that the setting `backend` asks for, {facts.wanted}, is not installed"
+        return Check("wrong", what, f"{facts.install}, or backend = auto")
     names = " and ".join(facts.engines)
     if facts.system == "darwin" and facts.wanted == "auto" and "mlx" not in facts.engines:
         return Check("note", f"this Mac runs models on {names} only, not on MLX", facts.install)

@@ -115,7 +115,7 @@ def _facts(
         warnings=warnings,
         engines=_installed(config, system),
         wanted=config.backend,
-        install=survey.with_engines(system),
+        install=survey.with_engines(system, config.backend),
         writable=_writable(config.home),
         free_bytes=survey.disk_free_bytes(config.home),
         agent=agent[0] if status else "",

@@ -66,10 +66,14 @@ async def _verify(config: Config) -> Told:
             )  # fmt: skip
         for engine in engines:
             proofs.append(await _prove(config, engine, builtin, canary, stored))
-        if canary is not None and canary.untold:
+        if canary is not None and canary.untold and any(_compared(p) for p in proofs):
             notes.append(f"Of {stored.manifest.model if stored else ''} {canary.untold}.")
     seen = dict.fromkeys(line for p in proofs for line in versions(p.subject))
     return Told(tuple(proofs), checklist(proofs, sys.platform), tuple(seen), tuple(notes))
+
+
+def _compared(proof: Proof) -> bool:
+    return proof.canary is not None and proof.canary.how != "skipped"
 
 
 async def _prove(
@@ -101,6 +105,9 @@ async def _engines(config: Config) -> tuple[list[EngineProfile], list[str]]:
     notes: list[str] = []
     for name, libraries in _BACKENDS:
         if not all(map(find_spec, libraries)):
+            if config.backend == name:
+                install = survey.with_engines(backend=name)
+                notes.append(f"{proof.NAMES[name]} is not installed here: {install}")
             continue
         try:
             here = await survey.measure(replace(config, backend=name))

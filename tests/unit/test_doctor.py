@@ -74,7 +74,7 @@ def test_a_good_machine_has_nothing_but_good_lines() -> None:
         (replace(GOOD, settings_error="config.toml: bad"), "wrong", "config.toml: bad", ""),
         (replace(GOOD, warnings=["no setting `ful`"]), "note", "`ful`", ""),
         (replace(GOOD, engines=[], install="pip install x"), "wrong", "no engine", "pip install x"),
-        (replace(GOOD, engines=[], wanted="mlx", install="i"), "wrong", "`backend` is mlx", "i"),
+        (replace(GOOD, engines=[], wanted="mlx", install="i"), "wrong", "for, mlx, is", "i, or"),
         (replace(GOOD, system="darwin", install="i"), "note", "not on MLX", "i"),
         (replace(GOOD, writable=False), "wrong", "cannot write", "sudo chown -R"),
         (replace(GOOD, free_bytes=1 << 20), "wrong", "0.0 GiB left", "HALKA_HOME"),

@@ -80,7 +80,7 @@ def test_a_peer_without_any_engine_for_a_model_is_left_out_and_told_why() -> Non
     assert {w.peer_id for w in split.windows} == {B}
     (left,) = split.left_out
     assert left.peer_id == A
-    assert left.why.startswith(f"mini cannot run tiny: {NO_IQ}, and it has no llama.cpp")
+    assert left.why.startswith(f"mini cannot run tiny: {NO_IQ}, and it uses no llama.cpp")
     assert "halka[llama]" in left.why
     with pytest.raises(NoPlan, match=f"no peer here can run tiny: mini cannot run tiny: {NO_IQ}"):
         solve([mac(engines=MLX)], of)
