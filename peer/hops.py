@@ -9,6 +9,7 @@ each other by another way, so that nobody else would notice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from ipaddress import ip_address
 
 from peer.cluster.driver import Cluster
 from peer.meeting import connecting
@@ -57,7 +58,8 @@ class Hops:
             used.add((peer_id, host))
             return _in_url(host)
 
-        order = connecting(action, self._cluster.me, by_way, self._meeting_host)
+        meet = self._meeting_host if len(action.island) < 3 else self._common_host
+        order = connecting(action, self._cluster.me, by_way, meet)
         if used and action.plan in self._supervisor.pids():  # it may have ended meanwhile
             self._by[action.plan] = used
         self._supervisor.send(action.plan, order)
@@ -69,6 +71,14 @@ class Hops:
         others = self._cluster.ways.hosts_of(peer_id)
         known = (chosen, self._bare_host_of(peer_id), *others)
         return next((host for host in known if host and ":" not in host), _in_url(known[1] or ""))
+
+    def _common_host(self, peer_id: str) -> str:
+        """The same for an island of three or more, all of which have to reach it there: not by the
+        cable to this one. Addresses of cables without a router are link-local."""
+        hosts = (self._bare_host_of(peer_id), *self._cluster.ways.hosts_of(peer_id))
+        known = [host for host in hosts if ":" not in host]
+        common = (host for host in known if not ip_address(host).is_link_local)
+        return next(common, "") or self._meeting_host(peer_id)
 
     def over(self, plan: PlanId) -> None:
         """The plan's stage is told to stop."""

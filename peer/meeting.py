@@ -40,7 +40,10 @@ def _own_host(other: str) -> str:
         return other
     host = other.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        own = str(probe.getsockname()[0])
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))
+            own = str(probe.getsockname()[0])
+    except OSError:  # no way goes there now: the stage cannot listen at that address, and says so
+        return other
     return f"[{own}]" if ":" in own else own
