@@ -176,7 +176,12 @@ def make(question: Question, shape: ModelShape) -> Plan | str:
     """The best plan for this model that every peer can decode, or why there can be none. Without
     shaky peers, if that can be."""
     barred = without(question, shape)
-    shaky = {p: why for p, why in question.shaky.items() if p in question.members.present}
+    profiles = question.members.profiles
+    shaky = {  # a reason that stays is told before one that goes by
+        p: (p in profiles and profiles[p].why_not(shape)) or why
+        for p, why in question.shaky.items()
+        if p in question.members.present
+    }
     made = _make(question, shape, shaky | barred)
     return _make(question, shape, barred) if isinstance(made, str) and shaky else made
 

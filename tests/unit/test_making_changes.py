@@ -39,6 +39,12 @@ def test_a_plan_does_without_a_peer_that_comes_and_goes_where_it_can() -> None:
     assert out(found)[B] == "it comes and goes"
 
 
+def test_of_one_that_cannot_run_the_model_anyway_the_reason_that_stays_is_told() -> None:
+    unable = replace(small(B), engines=())
+    found = answer(question(small(A), unable, small(C), shaky={B: "it comes and goes"}))
+    assert out(found)[B] == unable.why_not(BIG) != ""
+
+
 def test_and_with_it_where_it_cannot() -> None:
     found = answer(question(small(A), small(B), shaky={B: "it comes and goes"}))
     assert set(ring(found)) == {A, B}
