@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace as changed
 
 from peer import cli
-from peer.planning import thunderbolt
+from peer.planning import survey, thunderbolt
 from peer.planning.profile import Port, Profile
 from peer.words import checkup, checkup_rdma, doctor
 from peer.words.checkup import Check, Facts
@@ -92,6 +92,21 @@ def test_what_is_amiss_is_one_line_with_what_mends_it(
     assert check.level == level
     assert words in check.what
     assert mend in check.mend
+
+
+@pytest.mark.parametrize(
+    ("system", "backend", "extras"),
+    [
+        ("darwin", "auto", "llama,mlx"),
+        ("linux", "auto", "llama"),
+        ("linux", "mlx", "llama,mlx"),  # llama.cpp makes tokens of text in any case
+        ("darwin", "llama_cpp", "llama"),
+    ],
+)
+def test_what_mends_a_missing_engine_is_the_one_that_is_wanted(
+    system: str, backend: str, extras: str
+) -> None:
+    assert survey.with_engines(system, backend) == f"pip install 'halka[{extras}]'"
 
 
 def test_a_port_that_another_program_has_is_named_before_the_agent_that_cannot_start() -> None:

@@ -80,21 +80,6 @@ async def test_a_backend_that_is_not_there_is_named(config: Config) -> None:
     assert await survey.engines(changed(config, backend="abacus")) == ()
 
 
-@pytest.mark.parametrize(
-    ("system", "backend", "extras"),
-    [
-        ("darwin", "auto", "llama,mlx"),
-        ("linux", "auto", "llama"),
-        ("linux", "mlx", "llama,mlx"),  # llama.cpp makes tokens of text in any case
-        ("darwin", "llama_cpp", "llama"),
-    ],
-)
-def test_what_mends_a_missing_engine_is_the_one_that_is_wanted(
-    system: str, backend: str, extras: str
-) -> None:
-    assert survey.with_engines(system, backend) == f"pip install 'halka[{extras}]'"
-
-
 def found_in(folder: Path, *patterns: str) -> list[str]:
     """Names in a folder, sorted."""
     return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
