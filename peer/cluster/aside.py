@@ -18,6 +18,8 @@ from peer.config import Timing
 from peer.errors import PeerError, ProtocolError
 from peer.protocol import Probe, Probed, decode_control, encode
 
+UNASKED_MAX = 16  # answers in one measurement; those of one that was put off come late, 4 at most
+
 
 class Busy(PeerError):
     """One of the two ends computes; asked again later."""
@@ -48,7 +50,7 @@ class Aside:
         Raises: PeerError, TimeoutError where nobody answers in time; Busy where an end computes.
         """
         now = asyncio.get_running_loop().time
-        once = Once("", False, now() + timing.request_s)
+        once, unasked = Once("", False, now() + timing.request_s), 0
         async with asyncio.timeout(timing.dial_s) as limit:  # to be connected, and once around
             while True:
                 for padding_bytes in once.wanted(now()):
@@ -61,7 +63,10 @@ class Aside:
                 limit.reschedule(once.deadline)
                 if answer.busy or busy():
                     raise Busy("an end of the way computes")
-                once.answered(answer.request, now())
+                if not once.answered(answer.request, now()):
+                    unasked += 1
+                    if unasked > UNASKED_MAX:
+                        raise ProtocolError("it answers probes that were not asked")
 
     def _read(self, frames: list[bytes]) -> Probed:
         message = decode_control(frames[0]) if len(frames) == 1 else None
