@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from peer.planning import thunderbolt, trust
 from peer.planning.abilities import SCORES_BYTES
 from peer.planning.plan import ISLAND_MAX, PlanWindow, Split
-from peer.planning.profile import ModelShape, Profile, Speed
+from peer.planning.profile import PEERS_MAX, ModelShape, Profile, Speed
 
 BACKEND = "mlx"
 SUMS = 2  # over all ranks for each layer: after attention, and after the feed-forward part
@@ -218,4 +218,12 @@ def applied(split: Split, found: Sequence[Found]) -> Split:
             memory_bytes=of.memory_bytes // len(each.ranks),
         )
 
-    return replace(split, windows=tuple(window(each) for each in split.windows))
+    # What is said of an island that is left out is said of each of its peers.
+    others = [
+        replace(out, peer_id=peer_id)
+        for out in split.left_out
+        if out.peer_id in by_first
+        for peer_id in by_first[out.peer_id].ranks[1:]
+    ]
+    left_out = (*split.left_out, *others)[:PEERS_MAX]
+    return replace(split, windows=tuple(window(each) for each in split.windows), left_out=left_out)

@@ -257,3 +257,12 @@ def test_what_no_ring_can_hold_is_said_of_peers_and_who_joins_an_island_is_named
     now = [Running(PlanState(island, "serving"), 0.0)]
     left = plain([p for p in pair() if p.peer_id in island.split.windows[0].island], SHAPE)
     assert news(now, left, "", lambda peer_id: peer_id) == "a new split"
+
+
+def test_why_an_island_is_left_out_is_told_of_each_of_its_peers() -> None:
+    a, b, c, d = *MACS, "macd" * 4
+    split = solved([mac(a, (b,)), mac(b, (a,)), mac(c, (d,)), mac(d, (c,))])
+    used = {peer_id for w in split.windows for peer_id in (w.peer_id, *w.island)}
+    assert len(used) == 2
+    assert {out.peer_id for out in split.left_out} == {a, b, c, d} - used
+    assert len({out.why for out in split.left_out}) == 1
