@@ -23,6 +23,7 @@ from peer.planning.profile import (
 WINDOWS_MAX = 512
 TERM_MAX = 1 << 40
 ISLAND_MAX = 8  # peers that compute one window together
+KV_CELLS_MAX = 1 << 26  # engines keep tables of them, before any memory for keys is asked for
 STAGES_MAX = 4  # at once on a peer: one that serves, one that is to come, two that drain
 
 
@@ -224,6 +225,8 @@ def check(plan: Plan) -> str:
         return "its slots or batch are out of range"
     if not 1 <= split.context <= split.kv_cells:
         return "its KV cache cannot hold one context"
+    if split.kv_cells > KV_CELLS_MAX:
+        return f"a KV cache of {split.kv_cells} tokens is more than any machine has room for"
     return ""
 
 

@@ -59,6 +59,7 @@ def test_good_plans_pass() -> None:
         (plan_of((A, 0, 3), (B, 3, 6), (A, 6, 12)), "one order"),
         (plan_of((A, 0, 12), context=0), "one context"),
         (plan_of((A, 0, 12), kv_cells=511), "one context"),
+        (plan_of((A, 0, 12), kv_cells=1 << 31), "more than any machine"),
         (plan_of((A, 0, 12), slots=0), "out of range"),
         (plan_of((A, 0, 12), slots=257), "out of range"),
         (plan_of((A, 0, 12), batch_tokens=0), "out of range"),
