@@ -41,7 +41,7 @@ class Alongside:
         self._backend = engine_of(plan, self._peer_id, profile)
         self._held = plan.shape.in_memory(self._backend, self._weights)
         why, mend = _lacks(self._folder, plan, status) or self._too_large(status)
-        self.said = Alone(not why, self.threads, 0, why, mend)
+        self.said = Alone(not why, self.threads, 0, why, mend, self._backend)
         self._reference: Reference | None = None
 
     def _too_large(self, status: Status) -> tuple[str, str]:

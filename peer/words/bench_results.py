@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from peer.planning.profile import engine_name
 from peer.words import ring
 from peer.words.screen import Screen, count, moment, size
 
@@ -48,7 +49,7 @@ class Setup(msgspec.Struct, frozen=True):
 class Alone(msgspec.Struct, frozen=True):
     """The whole model in one process on this machine. memory_bytes: that it really used.
 
-    why, mend: it was not measured, and what mends that.
+    why, mend: it was not measured, and what mends that. backend: that runs it.
     """
 
     measured: bool
@@ -56,6 +57,7 @@ class Alone(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     why: str = ""
     mend: str = ""
+    backend: str = ""
 
 
 class Beside(msgspec.Struct, frozen=True):
@@ -184,8 +186,9 @@ def _alone(found: Results, screen: Screen) -> list[str]:
     alone = found.alone
     title = "One answer"
     if alone.measured:
+        engine = f"{engine_name(alone.backend)}, " if alone.backend else ""
         title += (
-            f", beside the whole model in one process on this machine ({alone.threads} "
+            f", beside the whole model in one process on this machine ({engine}{alone.threads} "
             f"thread{'s' * (alone.threads != 1)})"
         )
     out = [*(screen.paint(line, "bold") for line in screen.wrap(title, "", ""))]
