@@ -68,6 +68,8 @@ async def _verify(config: Config) -> Told:
             proofs.append(await _prove(config, engine, builtin, canary, stored))
         if canary is not None and canary.untold and any(_compared(p) for p in proofs):
             notes.append(f"Of {stored.manifest.model if stored else ''} {canary.untold}.")
+    if any(p.wrong and not p.subject.trusted for p in proofs):
+        notes.append("An agent that runs already goes on with that engine: start it again.")
     seen = dict.fromkeys(line for p in proofs for line in versions(p.subject))
     return Told(tuple(proofs), checklist(proofs, sys.platform), tuple(seen), tuple(notes))
 

@@ -319,6 +319,7 @@ def test_the_command_proves_all_engines_and_keeps_it(
     told = capsys.readouterr()
     assert told.out.count(" passed") == 4
     assert "What was checked on this machine" in told.out
+    assert "start it again" not in told.out
     assert "the built-in model …" in told.err
     assert len(Verified(config.home).entries()) == 4
     assert left(config.home) == ["models", "verified.json"]
@@ -333,5 +334,6 @@ def test_the_command_says_which_engine_is_wrong(
     hows = {proof["subject"]["backend"]: proof["builtin"]["how"] for proof in told["proofs"]}
     assert hows == {"llama_cpp": "passed", "mlx": "wrong"}
     assert "There is no model here yet" in told["notes"][0]
+    assert "goes on with that engine: start it again" in told["notes"][1]
     mlx = next(c for c in told["checklist"] if c["what"].startswith("MLX 0."))
     assert mlx["state"] == "no"
