@@ -12,7 +12,7 @@ from tests.e2e.soak import Soak
 
 pytestmark = pytest.mark.timeout(300)
 
-SECONDS = 30.0
+SECONDS = 20.0
 
 
 def test_random_faults_under_load_cost_no_token_and_leave_nothing_behind(tmp_path: Path) -> None:
