@@ -9,7 +9,7 @@ for.
 
 from __future__ import annotations
 
-from backends.base import Island, Settings
+from backends.base import Settings
 from backends.mlx import meeting
 from backends.mlx.process import LOAD_S, ChildBackend
 
@@ -40,11 +40,3 @@ class IslandBackend(ChildBackend):
             meet_s=load_s * MEET_SHARE,
             without=meeting.VARIABLES,
         )
-
-
-def island_port(host: str) -> int:
-    """A free TCP port for a rank at this IPv4 address of this machine. Raises BackendFault."""
-    return meeting.free_port(host)
-
-
-__all__ = ["Island", "IslandBackend", "island_port"]

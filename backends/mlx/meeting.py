@@ -252,19 +252,3 @@ def _exactly(line: socket.socket, count: int) -> bytes:
             raise ConnectionResetError("it hung up")
         data += more
     return data
-
-
-def free_port(host: str) -> int:
-    """A TCP port that is free now at this IPv4 address of this machine.
-
-    Found by binding to it and letting go, since MLX binds by itself: another program may take it in
-    between, and then the load fails, says so, and the next plan has other ports. Raises
-    BackendFault where the address is none of this machine's.
-    """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as door:
-            door.bind((host, 0))
-            port: int = door.getsockname()[1]
-            return port
-    except OSError as error:
-        raise BackendFault(f"no port for an island at {host}: {error}") from error

@@ -35,7 +35,8 @@ pytest.importorskip("mlx.core", reason="the engine is not installed: pip install
 pytest.importorskip("llama_cpp", reason="models are made with it: pip install halka[llama]")
 
 from backends.mlx.engine import MlxBackend
-from backends.mlx.island import IslandBackend, island_port
+from backends.mlx.island import IslandBackend
+from peer.ring.sockets import free_port
 from tests.windows import Stored
 
 Until = Callable[[Callable[[], object], float, str], Awaitable[None]]
@@ -72,7 +73,7 @@ class Ranks:
     """All ranks of one island, here: each call goes to all of them at once."""
 
     def __init__(self, count: int, step_s: float = STEP_S, load_s: float = LOAD_S) -> None:
-        at = tuple(f"127.0.0.1:{island_port('127.0.0.1')}" for _ in range(count))
+        at = tuple(f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(count))
         self.at = at
         self.backends = []
         self._threads = ThreadPoolExecutor(count)
@@ -309,7 +310,7 @@ finally:
 
 @pytest.mark.blocks("it starts a process the plain way")
 async def test_a_rank_that_waits_in_mlx_ends_with_its_parent(until: Until) -> None:
-    at = tuple(f"127.0.0.1:{island_port('127.0.0.1')}" for _ in range(2))
+    at = tuple(f"127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2))
     parent = subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-c", PARENT, *at], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
     )
